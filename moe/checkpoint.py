@@ -1,0 +1,282 @@
+"""Checkpoints: Orbax saves state, data position and config; a digest of every leaf proves what is restored.
+
+Orbax does not notice a flipped bit in array data, so each save carries a digest of every leaf, computed on the
+devices before the save and again after the restore. The digest is a sum over elements modulo 2^32, hence the same for
+every sharding, and a checkpoint restores onto any mesh.
+
+A failed save (a full disk, say) raises an alarm and training goes on; the last good checkpoint stays.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import shutil
+from typing import Any, NamedTuple
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from moe import config
+
+_CHUNK_BYTES = 64 << 20  # a reader of one expert need not read the whole stack
+_TEMPORARY = "*.orbax-checkpoint-tmp"
+
+
+class CheckpointError(Exception):
+  """A checkpoint that is missing, damaged or of another model; one line of cause and remedy."""
+
+
+class Restored(NamedTuple):
+  step: int
+  state: Any
+  data: dict  # position of the loader
+  skipped: list[str]  # newer checkpoints that could not be used, with the reason
+
+
+# --------------------------------------------------------------------------------------------------------- digests
+
+
+def _leaf_digest(x: jax.Array) -> jax.Array:
+  """[2] uint32. Every element's bits are multiplied by an odd number that depends on its place, and summed.
+
+  An odd factor is invertible modulo 2^32, so any change within one element changes the sum; changes in several, or a
+  permutation, go unseen with probability 2^-64.
+  """
+  bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+  bits = bits.astype(jnp.uint32)
+  place = jnp.zeros(x.shape, jnp.uint32)
+  for axis in range(x.ndim):
+    place = (place + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)) * np.uint32(0x9E3779B1)
+    place ^= place >> 15
+  sums = []
+  for factor in (0x85EBCA77, 0xC2B2AE3D):
+    mixed = place * np.uint32(factor)
+    mixed ^= mixed >> 13
+    sums.append(jnp.sum((bits + np.uint32(1)) * (mixed | np.uint32(1)), dtype=jnp.uint32))
+  return jnp.stack(sums)
+
+
+@jax.jit
+def _digest_tree(tree):
+  return jax.tree.map(_leaf_digest, tree)
+
+
+def digests(tree: Any) -> dict[str, str]:
+  """Leaf name -> 16 hex digits, the same on every host and for every sharding."""
+  leaves = jax.tree_util.tree_leaves_with_path(_digest_tree(tree))
+  return {leaf_name(path): "".join(f"{int(word):08x}" for word in np.asarray(value)) for path, value in leaves}
+
+
+def leaf_name(path) -> str:
+  """Path entries joined by dots, as in the checkpoint's own metadata."""
+  return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _seal(values: dict) -> str:
+  return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------ save, restore
+
+
+class Checkpointer:
+  """The checkpoints of one run, in `<run_dir>/checkpoints/<step>`."""
+
+  def __init__(self, folder, options: config.Checkpoint):
+    self._folder = epath.Path(folder)
+    self._folder.mkdir(parents=True, exist_ok=True)
+    self._sweep()
+    self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(
+        max_to_keep=options.keep_last, keep_period=options.keep_every_steps or None,
+        # Its own clean-up runs in a thread whose failure would fail every later save.
+        cleanup_tmp_directories=False,
+        # Otherwise a directory that cannot be made leaves threads that block the exit for minutes.
+        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False)))
+
+  def steps(self) -> list[int]:
+    return sorted(self._manager.all_steps(read=True))
+
+  def save(self, step: int, state: Any, data: dict, run: config.Run, operative: str) -> list[str]:
+    """Starts a save in the background.
+
+    Returns:
+      What went wrong with the save before this one, or at the start of this one; [] if nothing.
+    """
+    problems = self.wait()
+    if step in self.steps():
+      return problems
+    side = {"data": copy.deepcopy(data), "config": {"run": config.to_dict(run), "operative": operative},
+            "digests": digests(state)}
+    side = json.loads(json.dumps(side))
+    side["digests"] = {"leaves": side["digests"], "sides": {key: _seal(side[key]) for key in ("data", "config")}}
+    arguments = ocp.args.Composite(
+        state=ocp.args.PyTreeSave(state, save_args=jax.tree.map(
+            lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state)),
+        **{key: ocp.args.JsonSave(value) for key, value in side.items()})
+    try:
+      if not self._manager.save(step, args=arguments):
+        problems.append(f"checkpoint {step} was not accepted: a newer one exists")
+    except Exception as error:  # Orbax raises many types here; none may end the run
+      problems.append(f"checkpoint {step} could not be saved: {_one_line(error)}")
+      self._manager.reload()
+    return problems
+
+  def wait(self) -> list[str]:
+    """Waits for the save in progress. Returns what went wrong, after which the last good checkpoint is the newest."""
+    problems = []
+    for _ in range(8):  # an early error may leave the writer running; only a quiet wait means it has ended
+      try:
+        self._manager.wait_until_finished()
+        self._manager._checkpointer.wait_until_finished()
+        break
+      except Exception as error:
+        problems.append(f"a checkpoint could not be saved: {_one_line(error)}")
+    if problems:
+      self._manager.reload()
+      self._sweep()
+    return problems[:1]
+
+  def restore(self, abstract_state: Any, run: config.Run) -> Restored | None:
+    """The newest checkpoint that is whole, or None where there is none at all.
+
+    Args:
+      abstract_state: shapes, dtypes and shardings to restore to, of any mesh.
+      run: its model must be that of the checkpoint.
+
+    Raises:
+      CheckpointError: the model differs, or no checkpoint is whole.
+    """
+    skipped = []
+    for step in reversed(self.steps()):
+      try:
+        state, data = _read(self._folder / str(step), abstract_state, run)
+      except _Damaged as error:
+        skipped.append(f"checkpoint {step} is damaged: {error}")
+        continue
+      return Restored(step, state, data, skipped)
+    if skipped:
+      raise CheckpointError("; ".join(skipped) + f"; no checkpoint in {self._folder} is whole "
+                            "(--resume=never starts afresh in another --run_dir)")
+    return None
+
+  def close(self) -> list[str]:
+    problems = self.wait()
+    self._manager.close()
+    return problems
+
+  def _sweep(self) -> None:
+    """Removes what interrupted saves left behind; runs only while no save is under way."""
+    if jax.process_index() == 0:
+      for path in self._folder.glob(_TEMPORARY):
+        shutil.rmtree(path, ignore_errors=True) if "://" not in str(path) else path.rmtree()
+
+
+class _Damaged(Exception):
+  pass
+
+
+def _read(folder: epath.Path, abstract_state, run: config.Run):
+  try:
+    side = {key: json.loads((folder / key / "metadata").read_text()) for key in ("data", "config", "digests")}
+  except (OSError, ValueError) as error:
+    raise _Damaged(_one_line(error)) from error
+  for key in ("data", "config"):
+    if side["digests"].get("sides", {}).get(key) != _seal(side[key]):
+      raise _Damaged(f"the digest of its {key} does not match")
+  different = config.differences(_shape_config(side["config"]["run"]), _shape_config(config.to_dict(run)))
+  if different:
+    raise CheckpointError(f"{folder} holds another model: " + "; ".join(different)
+                          + " (use the config of the run, or another --run_dir)")
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+      state = checkpointer.restore(folder / "state", args=ocp.args.PyTreeRestore(
+          item=abstract_state, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state)))
+  except Exception as error:  # a damaged file raises anything from KeyError to bare Exception
+    raise _Damaged(_one_line(error)) from error
+  _verify(state, side["digests"]["leaves"])
+  return state, side["data"]
+
+
+def _shape_config(run: dict) -> dict:
+  """The parts of a config that a state belongs to: the model, less how it is computed."""
+  computed = ("scan_layers", "remat", "compute_dtype", "dropout")
+  return {key: value for key, value in json.loads(json.dumps(run))["model"].items() if key not in computed}
+
+
+def _verify(state, expected: dict[str, str], prefix: str = "") -> None:
+  found = digests(state)
+  wrong = [name for name, value in found.items() if expected.get(prefix + name) != value]
+  if wrong:
+    raise _Damaged(f"the digest of {', '.join(wrong[:3])}{' and others' if len(wrong) > 3 else ''} does not match")
+
+
+def restore_params(path, abstract_params: Any) -> tuple[int, Any]:
+  """The parameters alone, for --init_from and for the tools.
+
+  Args:
+    path: a run directory (its newest whole checkpoint is taken) or a step directory.
+    abstract_params: shapes, dtypes and shardings wanted.
+
+  Returns:
+    (step, parameters)
+
+  Raises:
+    CheckpointError: nothing there, other shapes, or damaged.
+  """
+  problems = []
+  for folder in step_folders(path):
+    try:
+      expected = json.loads((folder / "digests" / "metadata").read_text())["leaves"]
+      with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        item = {"params": abstract_params}
+        params = checkpointer.restore(folder / "state", args=ocp.args.PyTreeRestore(
+            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True))["params"]
+      missing = [leaf_name(p) for p, leaf in jax.tree_util.tree_leaves_with_path(params) if not isinstance(leaf, jax.Array)]
+      if missing:  # Orbax gives the abstract leaf back where the checkpoint has none
+        raise _Damaged(f"it has no {', '.join(missing[:3])}: it is of another model")
+      _verify(params, expected, "params.")
+      return int(folder.name), params
+    except Exception as error:
+      problems.append(f"{folder}: {_one_line(error)}")
+  raise CheckpointError(f"no usable parameters in {path}: " + "; ".join(problems))
+
+
+def step_folders(path) -> list[epath.Path]:
+  """The step directories of a run (newest first), or of a step directory itself.
+
+  Raises:
+    CheckpointError: there are none.
+  """
+  path = epath.Path(path)
+  if (path / "state").exists():
+    return [path]
+  root = path / "checkpoints" if (path / "checkpoints").exists() else path
+  found = [p for p in root.iterdir() if p.name.isdigit()] if root.exists() else []
+  if not found:
+    raise CheckpointError(f"{path} holds no checkpoint; give a run directory or checkpoints/<step>")
+  return sorted(found, key=lambda p: int(p.name), reverse=True)
+
+
+def read_run_config(path) -> dict:
+  """The resolved config (`config.to_dict`) stored in the newest readable checkpoint of a run or step directory.
+
+  Raises:
+    CheckpointError
+  """
+  for folder in step_folders(path):
+    try:
+      return json.loads((folder / "config" / "metadata").read_text())["run"]
+    except (OSError, ValueError, KeyError):
+      continue
+  raise CheckpointError(f"no checkpoint of {path} has a readable config")
+
+
+def _one_line(error: Exception) -> str:
+  text = str(error).strip()
+  return (text.splitlines()[0] if text else repr(error))[:300]

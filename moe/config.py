@@ -1,0 +1,381 @@
+"""Every knob of a run, as frozen dataclasses compared by value. No JAX, no gin.
+
+Units are in the names: `_tokens`, `_steps`, `_sequences`, `_bytes`. A value that cannot work is refused in
+`__post_init__` with both values and the way out. `tests/config_test.py` holds the exact number of fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from typing import Any
+
+_dataclass = dataclasses.dataclass(frozen=True, kw_only=True)
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot work; the message names the field, the value and the remedy."""
+
+
+class _Checked:
+  """Checks the type of every field, then what the class itself asks for in `check`."""
+
+  def __post_init__(self):
+    hints = typing.get_type_hints(type(self))
+    for field in dataclasses.fields(self):
+      value, hint = getattr(self, field.name), hints[field.name]
+      wanted = typing.get_origin(hint) or hint
+      accepted = (int, float) if wanted is float else wanted
+      if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
+        raise ConfigError(f"{type(self).__name__}.{field.name} = {value!r} is a {type(value).__name__}, "
+                          f"not a {wanted.__name__}")
+      if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{type(self).__name__}.{field.name} = {value!r} is not finite")
+    self.check()
+
+  def check(self):
+    """Raises ConfigError where the values do not go together."""
+
+
+def _one_of(owner: Any, name: str, choices: tuple[str, ...]) -> None:
+  value = getattr(owner, name)
+  if value not in choices:
+    raise ConfigError(f"{type(owner).__name__}.{name} = {value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+def _at_least(owner: Any, bound: float, *names: str) -> None:
+  for name in names:
+    if getattr(owner, name) < bound:
+      raise ConfigError(f"{type(owner).__name__}.{name} = {getattr(owner, name)} must be at least {bound}")
+
+
+@_dataclass
+class Rope(_Checked):
+  """Rotary position embedding, optionally stretched by YaRN (arXiv 2309.00071)."""
+
+  theta: float = 10_000.0
+  interleaved: bool = False  # rotate pairs (2i, 2i+1) as DeepSeek does; else the two halves (i, i+dim/2)
+  yarn_factor: float = 1.0  # context stretch; 1 switches YaRN off
+  yarn_original_tokens: int = 4096
+  yarn_mscale: float = 1.0  # numerator of the magnitude correction of cos and sin
+  yarn_mscale_all: float = 0.0  # its denominator; > 0 also scales the attention logits (DeepSeek-V2)
+
+  def check(self):
+    _at_least(self, 1.0, "theta", "yarn_factor", "yarn_original_tokens")
+
+
+@_dataclass
+class Attention(_Checked):
+  """Grouped-query attention, or multi-head latent attention (DeepSeek-V2, arXiv 2405.04434 section 2.1)."""
+
+  kind: str = "gqa"
+  num_heads: int
+  num_kv_heads: int = 0  # 0: one for each query head; unused by mla
+  head_dim: int  # mla: the part of a query/key head without positions
+  qk_norm: str = "none"  # none | head (after the split, Qwen3) | whole (before the split, OLMoE)
+  qkv_bias: bool = False
+  window_tokens: int = 0  # a token sees itself and the window_tokens - 1 before it; 0: all
+  logit_softcap: float = 0.0  # cap * tanh(logits / cap); 0: off
+  q_lora_rank: int = 0  # mla: 0 projects queries directly
+  kv_lora_rank: int = 0
+  rope_head_dim: int = 0  # mla: the rotary part of a head, one key shared by all heads
+  v_head_dim: int = 0  # mla
+  rope: Rope = Rope()
+
+  def check(self):
+    _one_of(self, "kind", ("gqa", "mla"))
+    _one_of(self, "qk_norm", ("none", "head", "whole"))
+    _at_least(self, 1, "num_heads", "head_dim")
+    _at_least(self, 0, "num_kv_heads", "window_tokens", "logit_softcap", "q_lora_rank", "kv_lora_rank")
+    if self.num_heads % self.kv_heads:
+      raise ConfigError(
+          f"Attention.num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}")
+    if self.kind == "mla":
+      _at_least(self, 1, "kv_lora_rank", "rope_head_dim", "v_head_dim")
+      if self.qk_norm != "none" or self.qkv_bias:
+        raise ConfigError("Attention: mla takes neither qk_norm nor qkv_bias; leave both off")
+    if self.rotary_dim % 2:
+      raise ConfigError(f"Attention: rotary positions need an even width, got {self.rotary_dim}")
+
+  @property
+  def kv_heads(self) -> int:
+    return self.num_kv_heads or self.num_heads
+
+  @property
+  def rotary_dim(self) -> int:
+    return self.rope_head_dim if self.kind == "mla" else self.head_dim
+
+  @property
+  def qk_dim(self) -> int:
+    """Width of one query or key head."""
+    return self.head_dim + self.rope_head_dim if self.kind == "mla" else self.head_dim
+
+  @property
+  def v_dim(self) -> int:
+    return self.v_head_dim if self.kind == "mla" else self.head_dim
+
+
+@_dataclass
+class Router(_Checked):
+  """Scores to assignment, and the losses that keep the experts balanced.
+
+  The balance loss is E x sum_i f_i P_i with f_i = selections of i / (K x tokens) and P_i the mean probability, so a
+  perfectly balanced router scores 1 (Demons in the Detail, arXiv 2501.11873). `balance_scope` says over which
+  tokens f is taken: `sequence` (one document), `microbatch` (one data shard of one micro-batch), `global` (all data
+  shards of one micro-batch), `step` (the whole optimizer step, exact), `step_buffer` (the paper's running buffer).
+  """
+
+  top_k: int = 2
+  softmax: str = "before"  # softmax over all experts before the choice, or over the chosen logits after it
+  renormalize: bool = True  # with softmax before: make the chosen weights of a token sum to 1
+  weight_scale: float = 1.0  # DeepSeek's routed scaling factor
+  num_groups: int = 1  # group-limited choice: experts are split into groups ...
+  top_groups: int = 1  # ... and only the best groups (by their best expert) take part
+  balance_scope: str = "global"
+  balance_coef: float = 0.01
+  z_loss_coef: float = 0.001
+
+  def check(self):
+    _one_of(self, "softmax", ("before", "after"))
+    _one_of(self, "balance_scope", ("sequence", "microbatch", "global", "step", "step_buffer"))
+    _at_least(self, 1, "top_k", "num_groups", "top_groups")
+    _at_least(self, 0, "balance_coef", "z_loss_coef")
+    if self.top_groups > self.num_groups:
+      raise ConfigError(f"Router.top_groups = {self.top_groups} exceeds num_groups = {self.num_groups}")
+
+
+@_dataclass
+class Experts(_Checked):
+  """The mixture-of-experts feed-forward block."""
+
+  num_experts: int
+  d_expert: int  # F, hidden width of one routed expert
+  d_shared: int = 0  # hidden width of all shared experts together; 0: none
+  shared_gate: bool = False  # sigmoid gate on the shared experts (Qwen2-MoE)
+  capacity_factor: float = 0.0  # 0: dropless; else C = ceil(factor x K x S / E) slots an expert and sequence
+  drop_policy: str = "position"  # who keeps a slot: earlier tokens, or higher probability (which looks ahead)
+  backend: str = "auto"  # grouped matmul: loop | ragged_dot | dense; auto: loop on CPU, else ragged_dot
+
+  def check(self):
+    _at_least(self, 1, "num_experts", "d_expert")
+    _at_least(self, 0, "d_shared", "capacity_factor")
+    _one_of(self, "drop_policy", ("position", "probability"))
+    _one_of(self, "backend", ("auto", "loop", "ragged_dot", "dense"))
+    if self.shared_gate and not self.d_shared:
+      raise ConfigError("Experts.shared_gate needs shared experts; set d_shared > 0")
+
+
+@_dataclass
+class InitStd(_Checked):
+  """Standard deviation of the normal initialisation, by role."""
+
+  embedding: float = 0.02
+  weight: float = 0.02  # all other matrices, the output head among them
+  residual: float = 0.02  # the projections that write into the residual stream
+  router: float = 0.02
+
+
+@_dataclass
+class Model(_Checked):
+  """A decoder-only transformer with mixture-of-experts blocks."""
+
+  vocab_size: int
+  num_layers: int
+  d_model: int
+  attention: Attention
+  experts: Experts
+  router: Router = Router()
+  d_ff: int = 0  # hidden width of the dense feed-forward blocks; 0: there are none
+  num_dense_layers: int = 0  # leading layers without experts
+  moe_every: int = 1  # of the layers after those, each moe_every-th has experts
+  activation: str = "swiglu"
+  norm_eps: float = 1e-6
+  tie_embeddings: bool = False
+  dropout: float = 0.0  # on the output of each attention and feed-forward block
+  compute_dtype: str = "bfloat16"  # parameters, router and softmax stay float32
+  scan_layers: bool = True
+  remat: str = "none"  # none | full | dots | attention
+  init_std: InitStd = InitStd()
+
+  def check(self):
+    _at_least(self, 1, "vocab_size", "num_layers", "d_model", "moe_every")
+    _at_least(self, 0, "num_dense_layers", "d_ff")
+    _one_of(self, "activation", ("swiglu", "gelu"))
+    _one_of(self, "compute_dtype", ("float32", "bfloat16"))
+    _one_of(self, "remat", ("none", "full", "dots", "attention"))
+    if not 0 <= self.dropout < 1:
+      raise ConfigError(f"Model.dropout = {self.dropout} must be in [0, 1)")
+    if self.router.top_k > self.experts.num_experts:
+      raise ConfigError(
+          f"Router.top_k = {self.router.top_k} exceeds Experts.num_experts = {self.experts.num_experts}: "
+          "a token cannot choose more experts than there are")
+    if self.experts.num_experts % self.router.num_groups:
+      raise ConfigError(f"Experts.num_experts = {self.experts.num_experts} does not split into "
+                        f"Router.num_groups = {self.router.num_groups} equal groups")
+    reachable = self.experts.num_experts // self.router.num_groups * self.router.top_groups
+    if self.router.top_k > reachable:
+      raise ConfigError(f"Router.top_k = {self.router.top_k} exceeds the {reachable} experts of "
+                        f"top_groups = {self.router.top_groups} groups")
+    if (self.num_layers - self.num_dense_layers) % self.moe_every or self.num_dense_layers >= self.num_layers:
+      raise ConfigError(f"Model: {self.num_layers} layers less {self.num_dense_layers} dense ones must be a positive "
+                        f"multiple of moe_every = {self.moe_every}")
+    if not self.d_ff and (self.num_dense_layers or self.moe_every > 1):
+      raise ConfigError("Model.d_ff must be set where there are dense layers")
+
+  @property
+  def num_moe_layers(self) -> int:
+    return (self.num_layers - self.num_dense_layers) // self.moe_every
+
+
+@_dataclass
+class Mesh(_Checked):
+  """Sizes of the mesh axes; their product is the number of devices, and one of them may be -1 (the rest).
+
+  The batch is split over data x fsdp x expert; parameters over fsdp, experts over expert, heads and hidden widths
+  over tensor.
+  """
+
+  data: int = 1
+  fsdp: int = 1
+  expert: int = 1
+  tensor: int = 1
+
+  def check(self):
+    sizes = dataclasses.asdict(self)
+    if any(n == 0 or n < -1 for n in sizes.values()) or list(sizes.values()).count(-1) > 1:
+      raise ConfigError(f"Mesh {sizes}: sizes are positive, and at most one is -1")
+
+
+@_dataclass
+class Domain(_Checked):
+  """One source of documents. `path` is a directory made by tools.build_data, or `embedded:kjv`, `embedded:python`."""
+
+  name: str
+  path: str
+  weight: float = 1.0  # share of the training rows, relative to the other domains
+
+  def check(self):
+    if not self.weight > 0:
+      raise ConfigError(f"Domain {self.name!r}: weight = {self.weight} must be positive; leave the domain out instead")
+
+
+@_dataclass
+class Data(_Checked):
+  """What is read, and how it becomes batches."""
+
+  domains: tuple[Domain, ...]
+  batch_sequences: int  # of one optimizer step, over all hosts
+  sequence_tokens: int
+  tokenizer: str = "byte"  # byte (ByT5 ids), or the path of a Hugging Face tokenizer.json
+  packing: str = "concat"  # concat (then split) | best_fit
+  virtual_shards: int = 4  # independent packers, spread over the hosts; fixes the order for any number of hosts
+
+  def check(self):
+    _at_least(self, 1, "batch_sequences", "virtual_shards")
+    _at_least(self, 2, "sequence_tokens")
+    _one_of(self, "packing", ("concat", "best_fit"))
+    names = [d.name for d in self.domains]
+    if not names or len(set(names)) < len(names):
+      raise ConfigError(f"Data.domains need at least one domain and distinct names, got {names}")
+    if self.batch_sequences % self.virtual_shards:
+      raise ConfigError(f"Data.batch_sequences = {self.batch_sequences} is not a multiple of "
+                        f"virtual_shards = {self.virtual_shards}")
+
+
+@_dataclass
+class Optimizer(_Checked):
+  """AdamW with a schedule in tokens, a global-norm clip and a guard that skips bad steps."""
+
+  learning_rate: float = 3e-4
+  beta1: float = 0.9
+  beta2: float = 0.95
+  weight_decay: float = 0.1  # on matrices only: norms, biases and 1-d leaves are exempt
+  clip_norm: float = 1.0
+  schedule: str = "cosine"  # cosine | wsd (constant, then linear decay over the last decay_tokens)
+  warmup_tokens: int = 0
+  decay_tokens: int = 0  # wsd only
+  final_fraction: float = 0.1  # of the peak, at the last step
+  skip_spike_sigmas: float = 8.0  # skip a step whose loss or gradient norm is this far above its recent mean; 0: off
+
+  def check(self):
+    _one_of(self, "schedule", ("cosine", "wsd"))
+    _at_least(self, 0, "learning_rate", "weight_decay", "clip_norm", "warmup_tokens", "decay_tokens",
+              "final_fraction", "skip_spike_sigmas")
+
+
+@_dataclass
+class Checkpoint(_Checked):
+  every_steps: int = 1000  # 0: only at the end and on SIGTERM
+  keep_last: int = 2
+  keep_every_steps: int = 0  # besides the last ones, keep multiples of this; 0: none
+
+  def check(self):
+    _at_least(self, 0, "every_steps", "keep_every_steps")
+    _at_least(self, 1, "keep_last")
+
+
+@_dataclass
+class Train(_Checked):
+  steps: int
+  micro_batches: int = 1  # gradient accumulation: the batch of a step goes through the model in this many parts
+  seed: int = 0  # of the parameters, the dropout and the order of the data
+  logit_z_loss_coef: float = 0.0
+  log_every_steps: int = 10
+  eval_every_steps: int = 0  # 0: only at the end
+  eval_batches: int = 8  # for each domain at those times; the end scores every byte
+
+  def check(self):
+    _at_least(self, 1, "steps", "micro_batches", "log_every_steps")
+    _at_least(self, 0, "eval_every_steps", "logit_z_loss_coef")
+
+
+@_dataclass
+class Run(_Checked):
+  """All of a run, resolved."""
+
+  model: Model
+  data: Data
+  train: Train
+  optimizer: Optimizer = Optimizer()
+  mesh: Mesh = Mesh()
+  checkpoint: Checkpoint = Checkpoint()
+
+  def check(self):
+    if self.data.batch_sequences % self.train.micro_batches:
+      raise ConfigError(f"Data.batch_sequences = {self.data.batch_sequences} is not a multiple of "
+                        f"Train.micro_batches = {self.train.micro_batches}")
+
+  @property
+  def tokens_per_step(self) -> int:
+    return self.data.batch_sequences * self.data.sequence_tokens
+
+
+def to_dict(config: Any) -> dict:
+  """The config as plain JSON values."""
+  return dataclasses.asdict(config)
+
+
+def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+  """One line `path: a -> b` for each leaf in which two dicts of `to_dict` differ."""
+  if isinstance(a, dict) and isinstance(b, dict):
+    lines = []
+    for key in sorted(a.keys() | b.keys()):
+      lines += differences(a.get(key, "(absent)"), b.get(key, "(absent)"), f"{prefix}.{key}" if prefix else key)
+    return lines
+  if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+    return [line for i, (x, y) in enumerate(zip(a, b)) for line in differences(x, y, f"{prefix}[{i}]")]
+  return [] if a == b else [f"{prefix}: {a!r} -> {b!r}"]
+
+
+def from_dict(cls, values: dict) -> Any:
+  """The inverse of `to_dict`; unknown keys raise TypeError, so a config of another version is not half read."""
+  hints, arguments = typing.get_type_hints(cls), {}
+  for name, value in values.items():
+    hint = hints.get(name)
+    if dataclasses.is_dataclass(hint):
+      value = from_dict(hint, value)
+    elif typing.get_origin(hint) is tuple:
+      value = tuple(from_dict(typing.get_args(hint)[0], item) for item in value)
+    arguments[name] = value
+  return cls(**arguments)

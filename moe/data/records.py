@@ -1,0 +1,159 @@
+"""Documents on disk: ArrayRecord files and a manifest, one directory a domain.
+
+A record is the UTF-8 JSON of a `Document`. The directory of a domain holds `manifest.json` and, for each split, one or
+more `<split>-00000-of-00004.arrayrecord`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Iterable, Iterator
+
+from array_record.python import array_record_module
+import grain
+
+SPLITS = ("train", "validation", "test")
+_FORMAT = 1
+
+
+class DataError(Exception):
+  """Data that is missing, damaged or does not fit the config; one line of cause and remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  text: str
+  domain: str
+  source: str  # where it came from: a file, a chapter, a line of a file
+
+  def encode(self) -> bytes:
+    return json.dumps({"text": self.text, "domain": self.domain, "source": self.source,
+                       "bytes": len(self.text.encode())}, ensure_ascii=False).encode()
+
+  @classmethod
+  def decode(cls, record: bytes) -> "Document":
+    fields = json.loads(record)
+    return cls(fields["text"], fields["domain"], fields["source"])
+
+
+def write_domain(folder: pathlib.Path, documents: dict[str, Iterable[Document]], shards: int = 1) -> dict:
+  """Writes a domain's splits and manifest; the folder appears complete or not at all.
+
+  Args:
+    folder: must not exist yet.
+    documents: split name -> documents, kept in order, dealt to `shards` files in turn.
+    shards: files a split.
+
+  Returns:
+    The manifest.
+
+  Raises:
+    DataError: the folder exists, or cannot be written.
+  """
+  if folder.exists():
+    raise DataError(f"{folder} exists already; remove it or choose another --output")
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+  try:
+    manifest = {"format": _FORMAT,
+                "splits": {split: _write_split(scratch, split, docs, shards) for split, docs in documents.items()}}
+    (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    scratch.chmod(0o755)
+    os.replace(scratch, folder)
+  except (OSError, RuntimeError) as error:
+    raise DataError(f"cannot write {folder}: {error}") from error
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+  return manifest
+
+
+def _write_split(folder: pathlib.Path, split: str, documents: Iterable[Document], shards: int) -> dict:
+  paths = [folder / f"{split}-{i:05}-of-{shards:05}.arrayrecord" for i in range(shards)]
+  writers = [array_record_module.ArrayRecordWriter(str(path), "group_size:1") for path in paths]
+  counts, total, text_bytes = [0] * shards, 0, 0
+  try:
+    for document in documents:
+      writers[total % shards].write(document.encode())
+      counts[total % shards] += 1
+      total += 1
+      text_bytes += len(document.text.encode())
+  finally:
+    for writer in writers:
+      writer.close()
+  files = [{"name": path.name, "documents": count, "file_bytes": path.stat().st_size, "sha256": sha256(path)}
+           for path, count in zip(paths, counts)]
+  return {"documents": total, "text_bytes": text_bytes, "files": files}
+
+
+def sha256(path: pathlib.Path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: pathlib.Path) -> dict:
+  """The manifest of a domain.
+
+  Raises:
+    DataError: there is none, or it is not one of ours.
+  """
+  path = folder / "manifest.json"
+  try:
+    manifest = json.loads(path.read_text())
+  except FileNotFoundError as error:
+    raise DataError(f"{folder} is not a data directory: {path} is missing; make one with "
+                    "python -m tools.build_data") from error
+  except (OSError, ValueError) as error:
+    raise DataError(f"{path} cannot be read: {error}") from error
+  if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+    found = manifest.get("format") if isinstance(manifest, dict) else manifest
+    raise DataError(f"{path} has format {found!r}, this version reads {_FORMAT}; build the data again")
+  return manifest
+
+
+def open_split(folder: pathlib.Path, split: str) -> grain.sources.ArrayRecordDataSource:
+  """Random access to the records of a split, after checking the files against the manifest's sizes.
+
+  Raises:
+    DataError: a missing, truncated or unreadable file, or a split without documents.
+  """
+  manifest = read_manifest(folder)
+  if split not in manifest["splits"]:
+    raise DataError(f"{folder} has no split {split!r}; it has {', '.join(manifest['splits'])}")
+  paths = []
+  for entry in manifest["splits"][split]["files"]:
+    path = folder / entry["name"]
+    try:
+      size = path.stat().st_size
+    except OSError as error:
+      raise DataError(f"data file {path} cannot be read: {error.strerror}") from error
+    if size != entry["file_bytes"]:
+      raise DataError(f"data file {path} has {size} bytes, its manifest says {entry['file_bytes']}: it is truncated or "
+                      "was changed; build the data again")
+    if entry["documents"]:
+      paths.append(str(path))
+  if not paths:
+    raise DataError(f"{folder} split {split!r} holds no documents")
+  try:
+    return grain.sources.ArrayRecordDataSource(paths)
+  except (OSError, RuntimeError) as error:
+    raise DataError(f"data file {', '.join(paths)} cannot be read: {error or 'not an ArrayRecord file'}") from error
+
+
+def read_documents(folder: pathlib.Path, split: str) -> Iterator[Document]:
+  """The documents of a split, in order.
+
+  Raises:
+    DataError
+  """
+  source = open_split(folder, split)
+  for i in range(len(source)):
+    try:
+      yield Document.decode(source[i])
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+      raise DataError(f"record {i} of {folder}/{split} cannot be read: {error}; build the data again") from error

@@ -1,0 +1,83 @@
+"""What the machine can do: peak FLOP/s for MFU, and memory pages on Linux CPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import platform
+import sys
+import time
+
+from moe import config
+
+_IMPORTED = time.time()
+
+# Peak bfloat16 FLOP/s of one JAX device, the vendors' figures (Cloud TPU documentation; NVIDIA's data sheets, dense).
+_PEAK_FLOPS = {
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12, "TPU v6e": 918e12, "TPU7x": 2307e12 / 2,  # a TPU7x chip is two devices
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12,
+}
+
+
+def peak_flops(devices) -> tuple[float, str]:
+  """(FLOP/s of all the devices together, where the figure comes from).
+
+  For CPUs it is the best of a few float32 2048-cubed matmuls on all devices at once, measured now; there MFU is the
+  share of that. Unknown accelerators give nan.
+  """
+  kind = devices[0].device_kind
+  if devices[0].platform == "cpu":
+    return measured_matmul_flops(devices), "measured float32 matmul"
+  return _PEAK_FLOPS.get(kind, float("nan")) * len(devices), f"{kind}, vendor's peak"
+
+
+def measured_matmul_flops(devices, size: int = 2048, repeats: int = 3) -> float:
+  """Best FLOP/s of float32 matmuls of `size` cubed, one on each device at a time."""
+  import jax  # not at the top: use_huge_pages comes before imports that take seconds
+  import numpy as np
+
+  operands = [jax.device_put(np.ones((size, size), np.float32), device) for device in devices]
+  multiply = jax.jit(lambda x: x @ x)
+  jax.block_until_ready([multiply(x) for x in operands])
+  seconds = []
+  for _ in range(repeats):
+    begin = time.perf_counter()
+    jax.block_until_ready([multiply(x) for x in operands])
+    seconds.append(time.perf_counter() - begin)
+  return len(operands) * 2 * size**3 / min(seconds)
+
+
+def cpu_devices(mesh: config.Mesh) -> int:
+  """How many devices JAX should make of this machine's CPU: as many as the mesh names, and where it says -1 one a core.
+
+  XLA:CPU runs loops and batched matmuls on one thread, so two devices of one core each are about 1.4 times as fast as
+  one device of two. A power of two, at most 8, so that batches divide.
+  """
+  named = math.prod(size for size in dataclasses.astuple(mesh) if size > 0)
+  if -1 not in dataclasses.astuple(mesh):
+    return named
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+  return named * 2 ** min(max(int(math.log2(max(cores / named, 1))), 0), 3)
+
+
+def use_huge_pages() -> None:
+  """Starts this program again with glibc's huge pages, unless they are decided already.
+
+  XLA:CPU takes its temporary buffers from malloc and gives them back every step; with 4 KiB pages a third of a small
+  model's step is page faults. The tunable is read at process start only, hence the second start. Linux with glibc
+  only; no effect on accelerators.
+  """
+  if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ:
+    return
+  environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+  os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def process_start() -> float:
+  """When this process was started, in seconds since the epoch; imports count for whoever waits."""
+  try:
+    return os.stat(f"/proc/{os.getpid()}").st_ctime
+  except OSError:
+    return _IMPORTED

@@ -1,0 +1,340 @@
+"""The transformer, and the only file that imports flax.
+
+Modules declare parameters (with logical axis names) and wire scan and remat; the arithmetic is in layers.py,
+routing/ and experts.py. Everything a caller may want is a return value: nothing is sown. The modules are plain:
+`MoEBlock` can be used in a model of one's own.
+
+Parameters of the repeated layers are stacked on a leading axis "layer", whether the layers are scanned or unrolled.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from moe import config
+from moe import experts as experts_lib
+from moe import layers
+from moe import sharding
+from moe.routing import balance
+from moe.routing import capacity
+from moe.routing import gates
+
+
+class Batch(NamedTuple):
+  """Packed sequences, each [B, S] int32."""
+
+  inputs: jax.Array  # token ids
+  targets: jax.Array  # the token that follows each input
+  segment_ids: jax.Array  # document within the row, from 1; 0 is padding
+  positions: jax.Array  # position within the document
+
+
+class Output(NamedTuple):
+  hidden: jax.Array  # [B, S, D], after the final norm
+  stats: balance.Stats  # leading axis L: the layers with experts
+  experts: jax.Array  # [L, B, S, K] int32, what each token chose
+  cache: Any  # keys and values of the tokens so far, or None
+
+
+class _Context(NamedTuple):
+  """What every layer reads of the batch."""
+
+  rope: tuple[jax.Array, jax.Array]
+  bias: jax.Array  # [B, S, T] float32, what may attend to what
+  segment_ids: jax.Array  # [B, S]
+  cache_index: jax.Array | None  # where the new keys go, when decoding
+
+
+class _Weights(nn.Module):
+  """Base of the modules below: parameters by role."""
+
+  model: config.Model
+
+  @property
+  def dtype(self):
+    return jnp.dtype(self.model.compute_dtype)
+
+  def weight(self, name: str, shape, axes, role: str = "weight"):
+    """A float32 parameter, normal with the deviation of its role; used in the compute dtype, but for the router."""
+    init = nn.with_logical_partitioning(nn.initializers.normal(getattr(self.model.init_std, role)), axes)
+    value = self.param(name, init, shape, jnp.float32)
+    return value if role == "router" else value.astype(self.dtype)
+
+  def bias(self, name: str, shape, axes):
+    return self.param(name, nn.with_logical_partitioning(nn.initializers.zeros, axes), shape).astype(self.dtype)
+
+  def norm(self, name: str, x, axis: str = "width"):
+    scale = self.param(f"{name}_scale", nn.with_logical_partitioning(nn.initializers.ones, (axis,)), x.shape[-1:])
+    return layers.rms_norm(x, scale, self.model.norm_eps)
+
+
+class GroupedQueryAttention(_Weights):
+  """Grouped-query attention (arXiv 2305.13245)."""
+
+  @nn.compact
+  def __call__(self, x, context: _Context, cache):
+    a, d_model = self.model.attention, self.model.d_model
+
+    def project(name, heads, axis):
+      out = jnp.einsum("bsd,dhk->bshk", x, self.weight(name, (d_model, heads, a.head_dim), ("embed", axis, "head_dim")))
+      if a.qkv_bias:
+        out = out + self.bias(f"{name}_bias", (heads, a.head_dim), (axis, "head_dim"))
+      return out
+
+    q, k, v = project("q", a.num_heads, "heads"), project("k", a.kv_heads, "kv_heads"), project("v", a.kv_heads, "kv_heads")
+    if a.qk_norm == "head":
+      q, k = self.norm("q_norm", q, "head_dim"), self.norm("k_norm", k, "head_dim")
+    elif a.qk_norm == "whole":
+      q = self.norm("q_norm", q.reshape(*q.shape[:2], -1)).reshape(q.shape)
+      k = self.norm("k_norm", k.reshape(*k.shape[:2], -1)).reshape(k.shape)
+    q, k = (layers.apply_rope(t, context.rope, a.rope.interleaved) for t in (q, k))
+    return _attend(self, q, k, v, context, cache)
+
+
+class LatentAttention(_Weights):
+  """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, Eqs. 9-19), keys and values expanded."""
+
+  @nn.compact
+  def __call__(self, x, context: _Context, cache):
+    a, d_model = self.model.attention, self.model.d_model
+    if a.q_lora_rank:
+      latent = jnp.einsum("bsd,dr->bsr", x, self.weight("q_down", (d_model, a.q_lora_rank), ("embed", "latent")))
+      q = jnp.einsum("bsr,rhk->bshk", self.norm("q_norm", latent),
+                     self.weight("q_up", (a.q_lora_rank, a.num_heads, a.qk_dim), ("latent", "heads", "head_dim")))
+    else:
+      q = jnp.einsum("bsd,dhk->bshk", x, self.weight("q", (d_model, a.num_heads, a.qk_dim), ("embed", "heads", "head_dim")))
+    q_plain, q_rotary = jnp.split(q, [a.head_dim], -1)
+    q = jnp.concatenate([q_plain, layers.apply_rope(q_rotary, context.rope, a.rope.interleaved)], -1)
+
+    down = self.weight("kv_down", (d_model, a.kv_lora_rank + a.rope_head_dim), ("embed", "latent"))
+    latent, k_rotary = jnp.split(jnp.einsum("bsd,dr->bsr", x, down), [a.kv_lora_rank], -1)
+    k_rotary = layers.apply_rope(k_rotary[:, :, None], context.rope, a.rope.interleaved)
+    up = self.weight("kv_up", (a.kv_lora_rank, a.num_heads, a.head_dim + a.v_head_dim), ("latent", "heads", "head_dim"))
+    k_plain, v = jnp.split(jnp.einsum("bsr,rhk->bshk", self.norm("kv_norm", latent), up), [a.head_dim], -1)
+    k = jnp.concatenate([k_plain, jnp.broadcast_to(k_rotary, (*k_plain.shape[:3], a.rope_head_dim))], -1)
+    return _attend(self, q, k, v, context, cache)
+
+
+def _attend(module: _Weights, q, k, v, context: _Context, cache):
+  """Attention over the new keys, or over the cache with the new keys written into it; then the output projection."""
+  a = module.model.attention
+  if cache is not None:
+    k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, context.cache_index, 1) for old, new in zip(cache, (k, v)))
+    cache = (k, v)
+  out = layers.attention(q, k, v, context.bias, scale=layers.attention_scale(a.rope, a.qk_dim), softcap=a.logit_softcap)
+  out = checkpoint_name(out, "attention")
+  shape = (a.num_heads, a.v_dim, module.model.d_model)
+  return jnp.einsum("bshk,hkd->bsd", out, module.weight("out", shape, ("heads", "head_dim", "embed"), "residual")), cache
+
+
+class DenseBlock(_Weights):
+  """SwiGLU or GELU feed-forward block."""
+
+  hidden: int
+
+  @nn.compact
+  def __call__(self, x):
+    d_model, into = self.model.d_model, ("embed", "hidden")
+    gate = x @ self.weight("gate", (d_model, self.hidden), into)
+    up = x @ self.weight("up", (d_model, self.hidden), into) if self.model.activation == "swiglu" else None
+    hidden = layers.activate(gate, up, self.model.activation)
+    return hidden @ self.weight("down", (self.hidden, d_model), ("hidden", "embed"), "residual")
+
+
+class MoEBlock(_Weights):
+  """Routed experts, and shared experts beside them."""
+
+  backend: str  # grouped matmul backend, resolved
+
+  @nn.compact
+  def __call__(self, x, segment_ids):
+    """[B, S, D], [B, S] -> ([B, S, D], Stats, [B, S, K] the experts chosen)."""
+    m, e, r = self.model, self.model.experts, self.model.router
+    mask = segment_ids > 0
+    # Router arithmetic is float32 whatever the compute dtype: near ties decide which expert runs.
+    logits = jnp.einsum("bsd,de->bse", x.astype(jnp.float32),
+                        self.weight("router", (m.d_model, e.num_experts), ("embed", "router"), "router"),
+                        precision=jax.lax.Precision.HIGHEST)
+    choice = gates.softmax_top_k(logits, r)
+    if e.capacity_factor:
+      num_slots = capacity.slots(e.capacity_factor, r.top_k, x.shape[1], e.num_experts)
+      kept = capacity.keep(choice, mask, num_slots, e.drop_policy)
+    else:
+      kept = jnp.broadcast_to(mask[..., None], choice.experts.shape)
+    stats = balance.collect(logits, choice, kept, mask, segment_ids, r.balance_scope,
+                            sharding.data_shards(jax.sharding.get_abstract_mesh()))
+
+    into = ("experts", "embed", "hidden")
+    shape = (e.num_experts, m.d_model, e.d_expert)
+    weights = experts_lib.Weights(
+        gate=self.weight("gate", shape, into),
+        up=self.weight("up", shape, into) if m.activation == "swiglu" else None,
+        down=self.weight("down", (e.num_experts, e.d_expert, m.d_model), ("experts", "hidden", "embed"), "residual"))
+    out = experts_lib.apply_experts(x, jnp.where(kept, choice.experts, e.num_experts), choice.weights, weights,
+                                    activation=m.activation, backend=self.backend)
+    out = checkpoint_name(out, "experts")
+    if e.d_shared:
+      shared = DenseBlock(m, e.d_shared, name="shared")(x)
+      if e.shared_gate:
+        shared = jax.nn.sigmoid(x @ self.weight("shared_gate", (m.d_model, 1), ("embed", None))) * shared
+      out = out + shared
+    return out, stats, choice.experts
+
+
+class Layer(_Weights):
+  """Pre-norm residual layer: attention, then a dense or a mixture-of-experts block."""
+
+  backend: str
+  deterministic: bool
+  has_experts: bool = True
+
+  @nn.compact
+  def __call__(self, x, context: _Context, cache):
+    m = self.model
+    kind = LatentAttention if m.attention.kind == "mla" else GroupedQueryAttention
+    out, cache = kind(m, name="attention")(self.norm("attention_norm", x), context, cache)
+    x = sharding.constrain(x + self.drop(out), "batch", "sequence", "width")
+    normal = self.norm("block_norm", x)
+    routed = None
+    if self.has_experts:
+      out, stats, chosen = MoEBlock(m, self.backend, name="moe")(normal, context.segment_ids)
+      routed = (stats, chosen)
+    else:
+      out = DenseBlock(m, m.d_ff, name="dense")(normal)
+    return sharding.constrain(x + self.drop(out), "batch", "sequence", "width"), (routed, cache)
+
+  def drop(self, x):
+    return nn.Dropout(self.model.dropout)(x, deterministic=self.deterministic) if self.model.dropout else x
+
+
+class LayerGroup(_Weights):
+  """The unit that is scanned: moe_every - 1 dense layers, then one with experts."""
+
+  backend: str
+  deterministic: bool
+
+  @nn.compact
+  def __call__(self, x, context: _Context, cache):
+    caches, count = [], self.model.moe_every
+    for i in range(count):
+      last = i == count - 1
+      layer = Layer(self.model, self.backend, self.deterministic, last, name="experts" if last else f"dense_{i}")
+      x, (routed, new) = layer(x, context, None if cache is None else cache[i])
+      caches.append(new)
+    return x, (routed, None if cache is None else tuple(caches))
+
+
+_REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention", "experts"),
+}
+
+
+class Transformer(_Weights):
+  """Decoder-only transformer; `__call__` gives the final hidden states, `logits` turns them into scores."""
+
+  backend: str
+  deterministic: bool = True  # no dropout
+
+  def setup(self):
+    m = self.model
+    self.embedding = self.param("embedding", nn.with_logical_partitioning(
+        nn.initializers.normal(m.init_std.embedding), ("vocab", "embed")), (m.vocab_size, m.d_model), jnp.float32)
+    self.final_norm_scale = self.param("final_norm_scale", nn.with_logical_partitioning(
+        nn.initializers.ones, ("width",)), (m.d_model,))
+    if not m.tie_embeddings:
+      self.head = self.weight("head", (m.d_model, m.vocab_size), ("embed", "vocab"))
+    if m.num_dense_layers:
+      self.dense_layers = self._stack(Layer, m.num_dense_layers, has_experts=False)
+    self.layers = self._stack(LayerGroup, m.num_moe_layers)
+
+  def _stack(self, kind, length: int, **options):
+    """`length` layers of one kind with stacked parameters, scanned or unrolled."""
+    if self.model.remat != "none":
+      kind = nn.remat(kind, policy=_REMAT[self.model.remat], prevent_cse=not self.model.scan_layers)
+    stack = nn.scan(kind, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=length,
+                    in_axes=(nn.broadcast, 0), unroll=1 if self.model.scan_layers else length,
+                    metadata_params={nn.PARTITION_NAME: "layer"})
+    return stack(self.model, backend=self.backend, deterministic=self.deterministic, **options)
+
+  def __call__(self, inputs, segment_ids, positions, cache=None, cache_index=None) -> Output:
+    """Runs the model on tokens [B, S]; with a cache, on tokens that follow those in it.
+
+    Args:
+      inputs, segment_ids, positions: [B, S] int32, see `Batch`.
+      cache: from `empty_cache`; then segment ids must all be 1.
+      cache_index: [] int32, tokens already in the cache.
+    """
+    m = self.model
+    if cache is None:
+      k_segments, k_positions = segment_ids, positions
+    else:
+      length = jax.tree.leaves(cache)[0].shape[2]
+      k_positions = jnp.broadcast_to(jnp.arange(length), (inputs.shape[0], length))
+      k_segments = jnp.ones_like(k_positions)
+    context = _Context(
+        rope=layers.rope_tables(positions, m.attention.rope, m.attention.rotary_dim),
+        bias=layers.attention_bias(positions, k_positions, segment_ids, k_segments, m.attention.window_tokens),
+        segment_ids=segment_ids, cache_index=cache_index)
+    x = self.embedding.astype(self.dtype)[inputs]
+    x = sharding.constrain(x, "batch", "sequence", "width")
+    dense_cache, group_cache = (None, None) if cache is None else cache
+    if m.num_dense_layers:
+      x, (_, dense_cache) = self.dense_layers(x, context, dense_cache)
+    x, ((stats, chosen), group_cache) = self.layers(x, context, group_cache)
+    hidden = layers.rms_norm(x, self.final_norm_scale, m.norm_eps)
+    return Output(hidden, stats, chosen, None if cache is None else (dense_cache, group_cache))
+
+  def logits(self, hidden):
+    """[..., D] -> [..., V] float32."""
+    head = self.embedding.astype(self.dtype).T if self.model.tie_embeddings else self.head
+    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+
+
+def empty_cache(model: config.Model, batch: int, length: int):
+  """Zero keys and values for `length` tokens: (dense layers, layer groups), stacked over layers."""
+  a = model.attention
+
+  def layer(count):
+    shape, dtype = (count, batch, length, a.num_heads if a.kind == "mla" else a.kv_heads), jnp.dtype(model.compute_dtype)
+    return jnp.zeros((*shape, a.qk_dim), dtype), jnp.zeros((*shape, a.v_dim), dtype)
+
+  dense = layer(model.num_dense_layers) if model.num_dense_layers else None
+  return dense, tuple(layer(model.num_moe_layers) for _ in range(model.moe_every))
+
+
+def resolve_backend(model: config.Model, platform: str) -> str:
+  """The grouped matmul backend for `auto` on a platform (cpu, gpu, tpu)."""
+  if model.experts.backend != "auto":
+    return model.experts.backend
+  return "loop" if platform == "cpu" else "ragged_dot"
+
+
+@functools.cache
+def build(model: config.Model, platform: str, deterministic: bool = True) -> Transformer:
+  return Transformer(model, backend=resolve_backend(model, platform), deterministic=deterministic)
+
+
+def init(transformer: Transformer, key: jax.Array):
+  """The parameters: a dict whose leaves are flax boxes that carry the logical axis names."""
+  rows = sharding.data_shards(jax.sharding.get_abstract_mesh())
+  token = jnp.zeros((rows, 2), jnp.int32)
+
+  def everything(module, *args):
+    return module.logits(module(*args).hidden)
+
+  return transformer.init(key, token, token, token, method=everything)["params"]
+
+
+def unbox(boxed):
+  """(parameters without boxes, PartitionSpec of mesh axes for each)."""
+  specs = jax.tree.map(lambda s: sharding.from_logical(s), nn.get_partition_spec(boxed),
+                       is_leaf=lambda s: isinstance(s, jax.sharding.PartitionSpec))
+  return nn.meta.unbox(boxed), specs

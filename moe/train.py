@@ -1,0 +1,411 @@
+"""Trains a run: `python -m moe.train --gin_file=configs/run/x.gin --gin.Train.steps=100 --run_dir=...`
+
+Read `train` from top to bottom; nothing imports this file.
+"""
+
+from __future__ import annotations
+
+from moe import hardware
+
+if __name__ == "__main__":
+  hardware.use_huge_pages()  # starts the program again, so before the imports that take seconds
+
+# ruff: noqa: E402
+import argparse
+import json
+import logging
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+from etils import epath
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from moe import checkpoint as checkpoint_lib
+from moe import config
+from moe import evaluate
+from moe import generate
+from moe import gin_config
+from moe import metrics as metrics_lib
+from moe import report
+from moe import sharding
+from moe import sizes
+from moe import step as step_lib
+from moe.config import ConfigError
+from moe.data import pipeline
+from moe.data import tokenizers
+from moe.data.records import DataError
+
+OK, USAGE, DATA, CHECKPOINT, NUMERICS, CRASH, PREEMPTED = 0, 2, 3, 4, 5, 13, 143
+_MAX_BAD_STEPS = 20  # consecutive steps without a finite loss before giving up
+
+_KNOBS = """
+the main knobs (any field of moe/config.py can be set; --print_config shows all):
+  --gin.Train.steps=600                 optimizer steps
+  --gin.Data.batch_sequences=16         sequences of a step, --gin.Data.sequence_tokens=256 their length
+  --gin.Train.micro_batches=1           gradient accumulation
+  --gin.Optimizer.learning_rate=3e-3    peak; .schedule='"cosine"' or '"wsd"', .warmup_tokens, .decay_tokens
+  --gin.Experts.num_experts=8           .d_expert, .d_shared, .capacity_factor (0: dropless)
+  --gin.Router.top_k=2                  .balance_scope='"global"' .balance_coef .z_loss_coef
+  --gin.Mesh.expert=4                   .data .fsdp .tensor; their product is the number of devices
+  --gin.Checkpoint.every_steps=200      .keep_last .keep_every_steps
+"""
+
+
+class Preempted(Exception):
+  """SIGTERM arrived and the state is saved."""
+
+
+class NumericsError(Exception):
+  """The loss is not finite and does not recover."""
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+  parser = argparse.ArgumentParser(prog="python -m moe.train", description=__doc__.splitlines()[0], epilog=_KNOBS,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  gin_config.add_arguments(parser)
+  parser.add_argument("--run_dir", help="where the run is kept (default: runs/<date-time>)")
+  parser.add_argument("--resume", choices=("auto", "never", "must"), default="auto",
+                      help="from the newest checkpoint of --run_dir: if there is one, never, or it must be there")
+  parser.add_argument("--init_from", metavar="PATH", help="run or checkpoint to take the parameters from, nothing else")
+  parser.add_argument("--profile_steps", metavar="A:B", help="trace steps A to B with jax.profiler into <run_dir>/profile")
+  parser.add_argument("--multihost", action="store_true", help="call jax.distributed.initialize() (TPU pods, clusters)")
+  parser.add_argument("--print_config", action="store_true", help="print the resolved config and stop")
+  parser.add_argument("--dry_run", action="store_true", help="check config, mesh and data, print the sizes, and stop")
+  parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+  return parser.parse_known_args(argv)
+
+
+def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
+  """One run, from the resolved config to the report."""
+  run, clock = resolved.run, metrics_lib.Goodput()
+
+  # ------------------------------------------------------------------------------------------------ devices and mesh
+  if arguments.multihost:
+    jax.distributed.initialize()
+  first_host = jax.process_index() == 0
+  mesh = sharding.make_mesh(run.mesh)
+  sharding.check_run(run, mesh)
+  profile = _profile_window(arguments.profile_steps)
+
+  # ------------------------------------------------------------------------------------------------------------ data
+  loader = pipeline.Loader(run.data, run.train.seed, jax.process_index(), jax.process_count())
+  tokenizer = tokenizers.load(run.data.tokenizer)
+  if tokenizer.vocab_size > run.model.vocab_size:
+    raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids but Model.vocab_size = {run.model.vocab_size}; "
+                      f"set it to at least {tokenizer.vocab_size}")
+  if arguments.dry_run:
+    print(_summary(run, mesh, "dry run: config, mesh and data are fine"))
+    return
+
+  # ---------------------------------------------------------------------------------------------------- run directory
+  run_dir = _run_dir(arguments.run_dir)
+  saver = checkpoint_lib.Checkpointer(run_dir / "checkpoints", run.checkpoint)
+  _check_resume(arguments.resume, run_dir, saver)
+  if first_host:
+    _write_description(run_dir, run, resolved)
+  recorder = metrics_lib.Recorder(run_dir, active=first_host)
+  recorder.terminal.say(_summary(run, mesh, f"run {run_dir}"))
+  for note in resolved.notes:
+    recorder.terminal.say(f"note: {note}")
+  jax.config.update("jax_compilation_cache_dir", os.environ.get("MOE_COMPILE_CACHE", _default_cache()))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+  with jax.set_mesh(mesh):
+    # -------------------------------------------------------------------------------------------------- state, restored
+    abstract = step_lib.abstract_state(run, mesh)
+    with clock.measure("restore"):
+      restored = saver.restore(abstract, run)
+    if restored is not None:
+      for problem in restored.skipped:
+        recorder.alarm(problem)
+      state, start = restored.state, restored.step
+      loader.restore(restored.data)
+      recorder.terminal.say(f"resumed at step {start}, every leaf equal to what was saved")
+      recorder.event("restore", step=start)
+    else:
+      state, start = step_lib.init_state(run, mesh), 0
+      if arguments.init_from:
+        source_step, params = checkpoint_lib.restore_params(arguments.init_from, abstract.params)
+        state = step_lib.TrainState(state.step, params, state.opt_state, state.guard)
+        recorder.terminal.say(f"parameters from {arguments.init_from} (step {source_step})")
+    recorder.event("start", step=start, devices=len(mesh.devices.flat), hosts=jax.process_count())
+
+    # ------------------------------------------------------------------------------------------------------- programs
+    train_step, eval_step = step_lib.jit_train_step(run, mesh), step_lib.jit_eval_step(run, mesh)
+    peak, peak_source = hardware.peak_flops(list(mesh.devices.flat))
+    flops = sizes.flops_per_token(run.model, run.data.sequence_tokens)
+    batch_sharding = sharding.batch_sharding(mesh)
+    preemption = _Preemption(arguments.multihost)
+    pending, bad_steps = [], 0  # metrics not yet fetched; consecutive steps without a finite loss
+
+    def save(step: int) -> None:
+      with clock.measure("save"):
+        data = pipeline.merge_states(_gather(loader.state()))
+        problems = saver.save(step, state, data, run, resolved.operative)
+      for problem in problems:
+        recorder.alarm(problem, step=step)
+      recorder.event("save", step=step)
+
+    def evaluate_all(step: int, limit: int | None) -> dict[str, dict]:
+      with clock.measure("evaluate"):
+        results = {d.name: evaluate.evaluate_domain(run, mesh, eval_step, state.params, d, tokenizer,
+                                                    limit_batches=limit) for d in run.data.domains}
+      for name, result in results.items():
+        recorder.metrics(f"eval/{name}", step, result)
+      recorder.terminal.say(f"eval at step {step}: " + ", ".join(
+          f"{name} {result['bits_per_byte']:.4f} bits/byte" for name, result in results.items()))
+      return results
+
+    # ------------------------------------------------------------------------------------------------------------ loop
+    window_start, window_step = time.monotonic(), start
+    for step in range(start, run.train.steps):
+      if profile and step == profile[0]:
+        jax.profiler.start_trace(str(run_dir / "profile"))
+      with clock.measure("data"):
+        host_batch = next(loader)
+        batch = step_lib.Batch(*[jax.make_array_from_process_local_data(batch_sharding, a) for a in host_batch])
+      with clock.measure("compile and first step" if step == start else "step"):
+        state, values = train_step(state, batch)
+        if step == start:
+          jax.block_until_ready(values)
+      pending.append(values)
+      done = step + 1
+      if step == start:
+        seconds = time.time() - hardware.process_start()
+        recorder.terminal.say(f"first step after {seconds:.1f} s")
+        recorder.event("first_step", step=step, seconds=seconds)
+        window_start, window_step = time.monotonic(), done
+
+      if done % run.train.log_every_steps == 0 or done == run.train.steps or step == start:
+        with clock.measure("step"):
+          fetched = jax.device_get(pending)
+        pending = []
+        for offset, record in enumerate(fetched):
+          at = done - len(fetched) + offset
+          bad_steps = 0 if np.isfinite(record["loss"]) else bad_steps + 1
+          if not record["accepted"]:
+            recorder.alarm(f"step {at} skipped: loss {record['loss']:.4g}, gradient norm {record['gradient_norm']:.4g}",
+                           step=at)
+          recorder.metrics("train", at, record)
+        if bad_steps >= _MAX_BAD_STEPS:
+          raise NumericsError(f"the loss was not finite for {bad_steps} steps up to step {at}; lower "
+                              "Optimizer.learning_rate, or resume from an earlier checkpoint")
+        if done > window_step:
+          seconds = (time.monotonic() - window_start) / (done - window_step)
+          rate = run.tokens_per_step / seconds
+          speed = {"seconds_per_step": seconds, "tokens_per_second": rate, "mfu": flops * rate / peak}
+          recorder.metrics("speed", at, {**speed, **{f"goodput/{k}": v for k, v in clock.table().items()}})
+          recorder.terminal.status(_status_line(run, done, record, speed, _bits_per_byte(record, host_batch, tokenizer)))
+          window_start, window_step = time.monotonic(), done
+
+      if profile and done == profile[1]:
+        jax.block_until_ready(values)
+        jax.profiler.stop_trace()
+      if preemption.reached(done):
+        save(done)
+        for problem in saver.close():
+          recorder.alarm(problem)
+        recorder.event("preempted", step=done)
+        recorder.close()
+        if first_host:
+          (run_dir / "PREEMPTED").write_text(f"{done}\n")
+        raise Preempted(f"SIGTERM: saved at step {done} in {run_dir}; the same command resumes")
+      if run.train.eval_every_steps and done % run.train.eval_every_steps == 0 and done < run.train.steps:
+        evaluate_all(done, run.train.eval_batches)
+        window_start, window_step = time.monotonic(), done
+      if run.checkpoint.every_steps and done % run.checkpoint.every_steps == 0 and done < run.train.steps:
+        save(done)
+        window_start, window_step = time.monotonic(), done
+
+    # ------------------------------------------------------------------------------------------------------------- end
+    save(run.train.steps)
+    results = evaluate_all(run.train.steps, None)
+    problems = saver.close()
+    for problem in problems:
+      recorder.alarm(problem)
+    recorder.event("end", step=run.train.steps, goodput=clock.table(), peak_flops=peak, peak_source=peak_source)
+
+  if first_host:
+    recorder.terminal.close()
+    _say_comparison(recorder.terminal, run, results)
+    _say_sample(recorder.terminal, run, state.params, tokenizer)
+    recorder.close()
+    recorder.terminal.say(f"\nreport: {report.write(run_dir)}")
+    for stale in ("PREEMPTED", "FAILED"):
+      (run_dir / stale).unlink(missing_ok=True)
+    (run_dir / "DONE").write_text(f"{run.train.steps}\n")
+
+
+# ------------------------------------------------------------------------------------------------------- preparation
+
+
+def _profile_window(text: str | None) -> tuple[int, int] | None:
+  if text is None:
+    return None
+  begin, _, end = text.partition(":")
+  if not (begin.isdigit() and end.isdigit() and int(begin) < int(end)):
+    raise ConfigError(f"--profile_steps={text} is not A:B with A < B, such as 10:13")
+  return int(begin), int(end)
+
+
+def _run_dir(given: str | None) -> epath.Path:
+  path = epath.Path(given or time.strftime("runs/%Y%m%d-%H%M%S"))
+  path = path if "://" in str(path) else epath.Path(os.path.abspath(path))
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ConfigError(f"--run_dir={path} cannot be made: {error.strerror}") from error
+  return path
+
+
+def _check_resume(mode: str, run_dir: epath.Path, saver: checkpoint_lib.Checkpointer) -> None:
+  steps = saver.steps()
+  if mode == "must" and not steps:
+    raise checkpoint_lib.CheckpointError(f"--resume=must, but {run_dir} holds no checkpoint")
+  if mode == "never" and steps:
+    raise checkpoint_lib.CheckpointError(f"--resume=never, but {run_dir} holds checkpoints of steps {steps}; choose "
+                                         "another --run_dir, nothing is overwritten")
+
+
+def _write_description(run_dir: epath.Path, run: config.Run, resolved: gin_config.Resolved) -> None:
+  """config.gin, config.json, command.txt and env.json."""
+  (run_dir / "config.gin").write_text(resolved.operative)
+  (run_dir / "config.json").write_text(json.dumps(config.to_dict(run), indent=1) + "\n")
+  (run_dir / "command.txt").write_text(shlex.join(sys.orig_argv) + "\n")
+  git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(__file__), capture_output=True, text=True)
+  environment = {"python": sys.version, "jax": jax.__version__, "devices": [str(d) for d in jax.devices()],
+                 "hosts": jax.process_count(), "commit": git.stdout.strip() or None}
+  (run_dir / "env.json").write_text(json.dumps(environment, indent=1) + "\n")
+
+
+def _default_cache() -> str:
+  return os.path.join(os.environ.get("MOE_CACHE") or os.path.expanduser("~/.cache/moe"), "xla")
+
+
+def _summary(run: config.Run, mesh, title: str) -> str:
+  s, r = sizes.sizes(run.model), run.model.router
+  axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+  lines = [
+      title,
+      f"model: {s.total / 1e6:.2f} M parameters, {s.active / 1e6:.2f} M active a token; {run.model.num_layers} layers, "
+      f"{run.model.experts.num_experts} experts, top {r.top_k}, "
+      + (f"capacity factor {run.model.experts.capacity_factor}" if run.model.experts.capacity_factor else "dropless"),
+      f"step: {run.data.batch_sequences} x {run.data.sequence_tokens} = {run.tokens_per_step:,} tokens in "
+      f"{run.train.micro_batches} micro-batch(es), "
+      f"{sizes.flops_per_token(run.model, run.data.sequence_tokens) * run.tokens_per_step / 1e9:,.1f} GFLOP",
+      f"mesh: {axes} on {len(mesh.devices.flat)} {mesh.devices.flat[0].platform} device(s), {jax.process_count()} host(s)",
+      f"balance: {r.balance_scope}, coefficient {r.balance_coef}",
+  ]
+  if r.balance_scope == "step" and run.train.micro_batches > 1:
+    lines.append("        exact over the step: one more forward pass of every micro-batch, a third of the step's FLOPs more")
+  return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------------- loop
+
+
+class _Preemption:
+  """SIGTERM on any host; all hosts agree on the step at which they save."""
+
+  def __init__(self, multihost: bool):
+    self._multihost, self._seen = multihost, False
+    if not multihost:  # else jax.distributed has installed its own handler
+      signal.signal(signal.SIGTERM, self._note)
+
+  def _note(self, signum, frame):
+    self._seen = True
+
+  def reached(self, step: int) -> bool:
+    return multihost_utils.reached_preemption_sync_point(step) if self._multihost else self._seen
+
+
+def _gather(state: dict) -> list[dict]:
+  """The loader states of all hosts, on every host."""
+  if jax.process_count() == 1:
+    return [state]
+  data = np.frombuffer(json.dumps(state).encode(), np.uint8)
+  longest = int(np.max(multihost_utils.process_allgather(np.int32(data.size))))
+  padded = np.zeros(longest, np.uint8)
+  padded[: data.size] = data
+  return [json.loads(row.tobytes().rstrip(b"\0")) for row in multihost_utils.process_allgather(padded)]
+
+
+def _bits_per_byte(record: dict, host_batch, tokenizer) -> float:
+  """Training loss in bits per byte, with the bytes a token of this batch's first rows."""
+  targets, segments = host_batch[1][:2], host_batch[2][:2]
+  text = tokenizer.decode(targets[segments > 0])
+  return float(record["loss"]) / math.log(2) * (segments > 0).sum() / max(len(text.encode()), 1)
+
+
+def _status_line(run: config.Run, done: int, record: dict, speed: dict, bits_per_byte: float) -> str:
+  left = (run.train.steps - done) * speed["seconds_per_step"]
+  return (f"step {done}/{run.train.steps}  loss {record['loss']:.4f}  {bits_per_byte:.3f} bits/byte  "
+          f"{speed['tokens_per_second']:,.0f} tok/s  MFU {speed['mfu']:.1%}  balance {record['balance']:.3f}  "
+          f"max/mean load {record['load_max']:.2f}  dropped {record['dropped']:.2%}  ETA {metrics_lib.duration(left)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- end
+
+
+def _say_comparison(terminal, run: config.Run, results: dict[str, dict]) -> None:
+  for domain in run.data.domains:
+    table = evaluate.compressors(domain)
+    ours = results[domain.name]["bits_per_byte"]
+    terminal.say(f"\n{domain.name}, validation, bits per byte      this model {ours:.3f}")
+    if table:
+      terminal.say("          alone   after the training text   whole text")
+      for name, (alone, primed, whole) in table.items():
+        terminal.say(f"  {name:6s} {alone:6.3f}   {primed:23.3f}   {whole:10.3f}")
+
+
+def _say_sample(terminal, run: config.Run, params, tokenizer, count: int = 300) -> None:
+  prompt = np.array([tokenizer.eos], np.int32)
+  made = generate.sample(run.model, params, prompt, count, vocab_size=tokenizer.vocab_size, seed=run.train.seed)
+  terminal.say("\nsample:\n" + tokenizer.decode(made.ids))
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Returns the exit code; every user's error is one line."""
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # TensorStore's writers, after a failed save
+  arguments, rest = parse(sys.argv[1:] if argv is None else argv)
+  try:
+    resolved = gin_config.from_arguments(arguments, rest)
+    if arguments.print_config:
+      print(resolved.operative)
+      return OK
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+      jax.config.update("jax_num_cpu_devices", hardware.cpu_devices(resolved.run.mesh))
+    train(arguments, resolved)
+    return OK
+  except tuple(_CODES) as error:
+    if arguments.traceback:
+      raise
+    print(f"{_CODES[type(error)][1]}: {error}", file=sys.stderr)
+    return _CODES[type(error)][0]
+
+
+_CODES = {
+    ConfigError: (USAGE, "config error"), DataError: (DATA, "data error"), NumericsError: (NUMERICS, "numerics error"),
+    checkpoint_lib.CheckpointError: (CHECKPOINT, "checkpoint error"), Preempted: (PREEMPTED, "preempted"),
+}
+
+
+def console() -> None:
+  """The program: `moe-train`, or `python -m moe.train`."""
+  hardware.use_huge_pages()
+  sys.exit(main())
+
+
+if __name__ == "__main__":
+  console()

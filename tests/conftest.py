@@ -1,0 +1,13 @@
+"""All tests run on eight CPU devices, so that meshes are real, and compile without optimisation, which is five times
+quicker; programs started by a test (train_test.py) are optimised as usual."""
+
+import os
+
+_FLAGS = {"xla_force_host_platform_device_count": "8", "xla_backend_optimization_level": "0",
+          "xla_llvm_disable_expensive_passes": "true"}
+_given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join([_given] + [f"--{name}={value}" for name, value in _FLAGS.items() if name not in _given])
+
+import jax  # noqa: E402
+
+jax.config.update("jax_platforms", "cpu")

@@ -1,0 +1,44 @@
+"""Small runs and batches that the tests share."""
+
+import dataclasses
+
+import numpy as np
+
+from moe import config
+from moe.model import Batch
+
+
+def model(**changes) -> config.Model:
+  """A two-layer model that compiles in seconds; `changes` replace fields, with a dict for a nested config."""
+  base = config.Model(
+      vocab_size=64, num_layers=2, d_model=16, compute_dtype="float32",
+      attention=config.Attention(num_heads=4, num_kv_heads=2, head_dim=8),
+      experts=config.Experts(num_experts=8, d_expert=16), router=config.Router(top_k=2),
+      init_std=config.InitStd(embedding=0.5, weight=0.2, residual=0.2, router=0.3))
+  return change(base, **changes)
+
+
+def change(value, **changes):
+  nested = {k: change(getattr(value, k), **v) if isinstance(v, dict) else v for k, v in changes.items()}
+  return dataclasses.replace(value, **nested)
+
+
+def run(batch=8, length=16, **changes) -> config.Run:
+  data = config.Data(domains=(config.Domain(name="kjv", path="embedded:kjv"),), batch_sequences=batch,
+                     sequence_tokens=length, virtual_shards=1)
+  base = config.Run(model=model(), data=data, train=config.Train(steps=10))
+  return change(base, **changes)
+
+
+def batch(rows=8, length=16, vocab=64, seed=0, padding=True) -> Batch:
+  """Random tokens; each row holds two documents of random length and, with `padding`, an uneven tail of padding."""
+  rng = np.random.default_rng(seed)
+  fields = np.zeros((4, rows, length), np.int32)
+  fields[:2] = rng.integers(0, vocab, (2, rows, length))
+  for row in range(rows):
+    end = int(rng.integers(length // 3, length + 1)) if padding else length
+    cut = int(rng.integers(1, end))
+    fields[2, row, :cut], fields[2, row, cut:end] = 1, 2
+    fields[3, row, :cut], fields[3, row, cut:end] = np.arange(cut), np.arange(end - cut)
+    fields[:2, row, end:] = 0
+  return Batch(*fields)

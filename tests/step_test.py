@@ -1,0 +1,257 @@
+"""The optimizer step: identities over micro-batches, meshes and balance scopes; the guard; the schedule."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moe import config
+from moe import optimizer
+from moe import schedules
+from moe import sharding
+from moe import step as step_lib
+from tests import small
+
+STRONG = {"balance_coef": 1.0, "z_loss_coef": 0.1}  # so that the balance terms dominate what is compared
+
+
+def objective_and_gradients(run, batch, seed=0):
+  """(balance, nll, gradients) of one step on the run's mesh, with parameters that do not depend on the mesh."""
+  mesh = sharding.make_mesh(run.mesh, jax.devices()[: run.mesh.data * run.mesh.fsdp * run.mesh.expert * run.mesh.tensor])
+  with jax.set_mesh(mesh):
+    state = step_lib.init_state(run, mesh)
+    placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+    grads, sums = jax.jit(functools.partial(step_lib.loss_and_gradients, run, "cpu"))(state.params, placed, jax.random.key(seed))
+    return np.asarray(sums["balance"]), float(sums["nll"]), jax.device_get(grads), sums
+
+
+def assert_same(a, b, rtol=2e-5):
+  """Gradients equal up to float32 reassociation: relative to the largest entry of each leaf."""
+  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
+    scale = max(np.abs(x).max(), 1e-6)
+    np.testing.assert_allclose(x / scale, y / scale, atol=rtol, err_msg=jax.tree_util.keystr(path))
+
+
+def difference(a, b):
+  return max(np.abs(x - y).max() / np.abs(x).max() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+MESHES = [{"data": 8}, {"fsdp": 4, "tensor": 2}, {"expert": 8}, {"data": 2, "fsdp": 2, "expert": 2}, {"expert": 4, "tensor": 2},
+          {"fsdp": 2, "expert": 2, "tensor": 2}]
+
+
+def mesh_name(mesh):
+  return "x".join(f"{k}{v}" for k, v in mesh.items())
+
+
+# --------------------------------------------------------------------------------------------------------- meshes
+
+
+@functools.cache
+def single_device(scope="global", micro=1):
+  run = small.run(model={"router": {**STRONG, "balance_scope": scope}}, train={"micro_batches": micro})
+  return objective_and_gradients(run, small.batch())
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=mesh_name)
+def test_every_mesh_gives_the_single_device_loss_and_gradients(mesh):
+  run = small.run(model={"router": STRONG}, mesh=mesh)
+  balance, nll, grads, _ = objective_and_gradients(run, small.batch())
+  want_balance, want_nll, want_grads, _ = single_device()
+  np.testing.assert_allclose(nll, want_nll, rtol=1e-5)
+  np.testing.assert_allclose(balance, want_balance, rtol=1e-5)
+  assert_same(want_grads, grads)
+
+
+@pytest.mark.parametrize("variant", [
+    {"attention": {"kind": "mla", "num_kv_heads": 0, "kv_lora_rank": 8, "rope_head_dim": 4, "v_head_dim": 6}},
+    {"experts": {"capacity_factor": 0.5, "d_shared": 16, "shared_gate": True}}], ids=["mla", "capacity_shared"])
+def test_a_mixed_mesh_for_other_models(variant):
+  results = [objective_and_gradients(small.run(model={"router": STRONG, **variant}, mesh=mesh), small.batch())
+             for mesh in ({}, {"fsdp": 2, "expert": 2, "tensor": 2})]
+  assert_same(results[0][2], results[1][2])
+
+
+def test_mesh_refusals():
+  with pytest.raises(config.ConfigError, match="does not cover the 8 devices"):
+    sharding.make_mesh(config.Mesh(data=3))
+  assert dict(sharding.make_mesh(config.Mesh(data=-1, tensor=2)).shape)["data"] == 4
+  for changes, message in [({"mesh": {"data": 8}, "data": {"batch_sequences": 12}}, "= 12 is not divisible by the mesh's data"),
+                           ({"mesh": {"expert": 8}, "model": {"experts": {"num_experts": 12}}}, "num_experts = 12"),
+                           ({"mesh": {"tensor": 8}}, "num_heads = 4")]:
+    run = small.run(**changes)
+    with pytest.raises(config.ConfigError, match=message):
+      sharding.check_run(run, sharding.make_mesh(run.mesh))
+
+
+# ------------------------------------------------------------------------------------------- micro-batches and scopes
+
+
+@pytest.mark.parametrize("micro", [2, 4])
+def test_micro_batches_with_uneven_padding_equal_one_big_batch(micro):
+  """Loss, z-losses and P are weighted by real tokens; with scope `step` f is exact too, so everything is equal."""
+  _, nll, grads, sums = single_device("step", micro)
+  _, want_nll, want_grads, want_sums = single_device("step", 1)
+  np.testing.assert_allclose(nll, want_nll, rtol=1e-6)
+  np.testing.assert_allclose(sums["stats"].probability_sums, want_sums["stats"].probability_sums, rtol=1e-5)
+  np.testing.assert_array_equal(sums["stats"].counts, want_sums["stats"].counts)
+  np.testing.assert_allclose(sums["balance"], want_sums["balance"], rtol=1e-5)
+  assert_same(want_grads, grads)
+
+
+@pytest.mark.parametrize("mesh, micro", [({"data": 4}, 2), ({"data": 2, "expert": 2}, 2), ({"fsdp": 2, "tensor": 2}, 4), ({"data": 8}, 1)])
+def test_step_scope_is_the_same_for_every_factorisation(mesh, micro):
+  run = small.run(model={"router": {**STRONG, "balance_scope": "step"}}, mesh=mesh, train={"micro_batches": micro})
+  balance, _, grads, _ = objective_and_gradients(run, small.batch())
+  want_balance, _, want_grads, _ = single_device("step")
+  np.testing.assert_allclose(balance, want_balance, rtol=1e-5)
+  assert_same(want_grads, grads)
+
+
+@pytest.mark.parametrize("scope, changes", [("microbatch", {"mesh": {"data": 4}}), ("microbatch", {"train": {"micro_batches": 4}}),
+                                            ("global", {"train": {"micro_batches": 4}}), ("step_buffer", {"train": {"micro_batches": 4}})])
+def test_other_scopes_are_not(scope, changes):
+  """Negative controls: these scopes see less than the step, and their value and gradient depend on the split."""
+  run = small.run(model={"router": {**STRONG, "balance_scope": scope}}, **changes)
+  balance, _, grads, _ = objective_and_gradients(run, small.batch())
+  want_balance, _, want_grads, _ = single_device("step")
+  assert np.abs(balance / want_balance - 1).max() > 1e-3
+  assert difference(want_grads, grads) > 1e-3
+
+
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "expert": 4}], ids=mesh_name)
+def test_global_scope_ignores_the_mesh_within_a_micro_batch(mesh):
+  run = small.run(model={"router": STRONG}, mesh=mesh, train={"micro_batches": 1})
+  np.testing.assert_allclose(objective_and_gradients(run, small.batch())[0], single_device("global")[0], rtol=1e-5)
+
+
+def test_step_buffer_is_algorithm_1():
+  """f after micro-batch m is that of the first m micro-batches; by hand from the statistics of each."""
+  run = small.run(model={"router": {"balance_scope": "step_buffer"}}, train={"micro_batches": 4})
+  _, _, _, sums = single_device("step_buffer", 4)
+  mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    params = step_lib.init_state(run, mesh).params
+    parts = step_lib.split_micro_batches(jax.tree.map(jnp.array, small.batch()), 4)
+    counts, tokens, want = 0, 0, 0
+    for i in range(4):
+      stats = step_lib._forward(run, "cpu", params, jax.tree.map(lambda x, i=i: x[i], parts), jax.random.key(0))[2]
+      counts, tokens = counts + np.asarray(stats.counts, float), tokens + np.asarray(stats.tokens, float)
+      f = counts / (2 * tokens[:, None])
+      want = want + 8 * np.sum(f * np.asarray(stats.probability_sums), -1)
+  np.testing.assert_allclose(sums["balance"], want, rtol=1e-5)
+
+
+def test_micro_batches_are_strided_rows():
+  batch = small.batch()
+  parts = step_lib.split_micro_batches(jax.tree.map(jnp.array, batch), 4)
+  np.testing.assert_array_equal(parts.inputs[1], batch.inputs[1::4])
+
+
+def test_dropout_is_the_same_in_the_counting_pass():
+  """Exact f with dropout: the pre-pass must draw the same masks, or its counts are those of other activations."""
+  run = small.run(model={"dropout": 0.5, "router": {**STRONG, "balance_scope": "step"}}, train={"micro_batches": 2})
+  balance, _, _, sums = objective_and_gradients(run, small.batch())
+  stats = jax.device_get(sums["stats"])
+  f = stats.counts / (2.0 * stats.tokens[:, None])
+  np.testing.assert_allclose(balance, 8 * np.sum(f * stats.probability_sums, -1), rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ guard
+
+
+def steps(run, batches):
+  mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    state, step, out = step_lib.init_state(run, mesh), step_lib.jit_train_step(run, mesh), []
+    for batch, poison in batches:
+      if poison is not None:
+        params = dict(state.params)
+        params["embedding"] = params["embedding"] + poison
+        state = step_lib.TrainState(state.step, params, state.opt_state, state.guard)
+      before = jax.device_get(state)
+      state, metrics = step(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
+      out.append((before, jax.device_get(state), jax.device_get(metrics)))
+  return out
+
+
+def test_a_step_that_is_not_finite_is_skipped():
+  run = small.run(optimizer={"learning_rate": 1e-2})
+  first, bad = steps(run, [(small.batch(), None), (small.batch(seed=1), np.nan)])
+  assert first[2]["accepted"] and not np.array_equal(first[0].params["embedding"], first[1].params["embedding"])
+  assert not bad[2]["accepted"] and bad[2]["skipped_steps"] == 1
+  for a, b in zip(jax.tree.leaves((bad[0].params, bad[0].opt_state)), jax.tree.leaves((bad[1].params, bad[1].opt_state))):
+    np.testing.assert_array_equal(a, b)
+  assert bad[1].step == 2 and bad[1].guard.seen == 1
+
+
+def test_spikes_are_skipped_until_the_level_has_changed():
+  calm = jnp.zeros(())
+  guard = step_lib.Guard(jnp.zeros(128), jnp.zeros(128), jnp.int32(0), jnp.int32(0))
+  rng, judge = np.random.default_rng(0), jax.jit(functools.partial(step_lib._judge, 6.0))
+  for _ in range(60):
+    guard, accept = judge(guard, jnp.float32(3 + 0.1 * rng.normal()), jnp.float32(1 + 0.1 * rng.normal()))
+    assert accept
+  refused = 0
+  for _ in range(60):  # a lasting jump: refused at first, accepted once the window has seen enough of it
+    guard, accept = judge(guard, jnp.float32(9.0), jnp.float32(1.0))
+    refused += not accept
+  assert 0 < refused < 20 and int(guard.skipped) == refused
+  _, accept = judge(guard, jnp.float32(3.0), jnp.float32(1e6))  # the norm alone is enough
+  assert not accept and calm == 0
+
+
+# --------------------------------------------------------------------------------------------- optimizer and schedule
+
+
+def test_decay_spares_norms_and_biases_also_where_they_are_stacked():
+  run = small.run(model={"attention": {"qkv_bias": True, "qk_norm": "head"}})
+  mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+  params = step_lib.abstract_state(run, mesh).params
+  decays = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(optimizer.decay_mask(params))}
+  exempt = [name for name, decay in decays.items() if not decay]
+  assert all("scale" in name or "bias" in name for name in exempt) and len(exempt) == 8
+  assert all(decay for name, decay in decays.items() if "scale" not in name and "bias" not in name)
+  zero = jax.tree.map(lambda x: jnp.zeros(x.shape), params)
+  ones = jax.tree.map(lambda x: jnp.ones(x.shape), params)
+  updates, _ = optimizer.make(run).update(zero, optimizer.make(run).init(ones), ones)
+  moved = {jax.tree_util.keystr(p): bool((u != 0).any()) for p, u in jax.tree_util.tree_leaves_with_path(updates)}
+  assert moved == decays
+
+
+def test_clip_and_adam_equal_optax():
+  run = small.run(optimizer={"clip_norm": 0.5, "weight_decay": 0.0, "learning_rate": 0.1})
+  params = {"a": jnp.ones((3, 2)), "b_scale": jnp.ones(3)}
+  grads = {"a": jnp.full((3, 2), 4.0), "b_scale": jnp.arange(3.0)}
+  schedule = schedules.learning_rate(run.optimizer, run.tokens_per_step, run.train.steps)
+  want = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(schedule, 0.9, 0.95))
+  got, _ = optimizer.make(run).update(grads, optimizer.make(run).init(params), params)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want.update(grads, want.init(params), params)[0])):
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_schedule_points(schedule):
+  o = config.Optimizer(learning_rate=2.0, schedule=schedule, warmup_tokens=1000, decay_tokens=2000, final_fraction=0.25)
+  rate = schedules.learning_rate(o, 100, 100)
+  at = lambda tokens: float(rate(tokens / 100 - 0.5))  # a step's rate is that of the middle of its tokens
+  np.testing.assert_allclose([at(500), at(1000)], [1.0, 2.0], rtol=1e-5)
+  np.testing.assert_allclose(at(10_000), 0.5, rtol=1e-5)
+  middle = {"cosine": at(5500) / 1.25, "wsd": at(9000) / 1.25}[schedule]  # half-way down is the mean of 2 and 0.5
+  np.testing.assert_allclose(middle, 1.0, rtol=1e-5)
+
+
+def test_schedule_survives_two_to_the_31_tokens():
+  rate = schedules.learning_rate(config.Optimizer(learning_rate=1.0, warmup_tokens=10**9), 4_000_000, 10**6)
+  values = [float(rate(jnp.int32(step))) for step in (500, 537, 600, 10_000, 10**6 - 1)]
+  assert np.isfinite(values).all() and values == sorted(values, reverse=True)
+  np.testing.assert_allclose(values[-1], 0.1, atol=1e-4)
+
+
+def test_compile_step_runs_nothing():
+  run = small.run(mesh={"data": 2, "expert": 4})
+  compiled = step_lib.compile_step(run, sharding.make_mesh(run.mesh))
+  assert compiled.memory_analysis().temp_size_in_bytes > 0

@@ -1,0 +1,68 @@
+"""Continues a prompt, and shows which experts each token went through. `python -m tools.sample RUN_DIR --prompt 'In the'`"""
+
+from __future__ import annotations
+
+import argparse
+import colorsys
+
+import numpy as np
+from rich import console as rich_console
+from rich import text as rich_text
+
+from moe import generate
+from tools import restore
+
+
+def expert_color(expert: int, count: int) -> str:
+  """A colour of its own for each expert."""
+  red, green, blue = colorsys.hls_to_rgb(expert / count, 0.6, 0.75)
+  return f"#{int(red * 255):02x}{int(green * 255):02x}{int(blue * 255):02x}"
+
+
+def experts_table(trained: restore.Trained, ids: np.ndarray, experts: np.ndarray, layer: int) -> rich_text.Text:
+  """The text coloured by each token's first expert in one layer, with a legend."""
+  count = trained.run.model.experts.num_experts
+  shown = rich_text.Text()
+  for token, chosen in zip(ids, experts[layer]):
+    shown.append(trained.tokenizer.decode([token]), style=expert_color(int(chosen[0]), count))
+  used = np.bincount(experts[layer][:, 0], minlength=count)
+  shown.append(f"\n  layer {layer}, first expert: ")
+  for expert in np.argsort(-used):
+    if used[expert]:
+      shown.append(f" {expert}", style=f"bold {expert_color(int(expert), count)}")
+      shown.append(f":{used[expert] / used.sum():.0%}")
+  return shown
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(prog="python -m tools.sample", description=__doc__.splitlines()[0])
+  parser.add_argument("path", help="run directory, or checkpoints/<step> of one")
+  parser.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
+  parser.add_argument("--tokens", type=int, default=300)
+  parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token")
+  parser.add_argument("--top_p", type=float, default=0.95)
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--show_experts", action="store_true", help="colour the text by expert, once for each layer")
+  arguments = parser.parse_args(argv)
+  if arguments.tokens < 1 or not 0 < arguments.top_p <= 1 or arguments.temperature < 0:
+    parser.error("--tokens must be at least 1, --top_p in (0, 1], --temperature at least 0")
+  trained = restore.load(arguments.path)
+  prompt = np.concatenate([[trained.tokenizer.eos], trained.tokenizer.encode(arguments.prompt)]).astype(np.int32)
+  made = generate.sample(trained.run.model, trained.params, prompt, arguments.tokens, seed=arguments.seed,
+                         vocab_size=trained.tokenizer.vocab_size, temperature=arguments.temperature, top_p=arguments.top_p)
+  console = rich_console.Console(highlight=False, soft_wrap=True)
+  console.print(rich_text.Text(arguments.prompt, style="bold") + rich_text.Text(trained.tokenizer.decode(made.ids)))
+  if arguments.show_experts:
+    read = np.concatenate([prompt, made.ids])[: made.experts.shape[1]]
+    for layer in range(len(made.experts)):
+      console.print()
+      console.print(experts_table(trained, read, made.experts, layer))
+  return 0
+
+
+def console() -> None:
+  restore.console(main)
+
+
+if __name__ == "__main__":
+  console()

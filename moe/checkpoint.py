@@ -10,7 +10,6 @@ A failed save (a full disk, say) raises an alarm and training goes on; the last 
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import json
 import shutil
@@ -166,9 +165,16 @@ class Checkpointer:
     return None
 
   def close(self) -> list[str]:
+    """Waits and closes; needed on every way out, or a save under way is lost at exit. Returns as `wait`."""
     problems = self.wait()
     self._manager.close()
     return problems
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
 
   def _sweep(self) -> None:
     """Removes what interrupted saves left behind; runs only while no save is under way."""

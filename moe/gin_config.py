@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import importlib.util  # gin 0.5.0 reads importlib.util without importing it
 import inspect
 import pathlib
 import re
@@ -246,7 +245,8 @@ def _explain_syntax(error: Exception, text: str) -> str:
   if isinstance(error, tokenize.TokenError) or "EOF in multi-line" in message or "unterminated" in message:
     return "a quote or bracket is not closed"
   if "malformed node" in message or "Unable to parse value" in message:
-    return "the value cannot be read; a string needs quotes (in a shell: --gin.Class.field='\"text\"'); True and False are capitalised"
+    return ("the value cannot be read; a string needs quotes (in a shell: --gin.Class.field='\"text\"'); "
+            "True and False are capitalised")
   unknown = re.search(r"No configurable matching (?:reference )?'?@?([\w./]+)", message)
   if unknown or "Could not find" in message:
     name = unknown.group(1) if unknown else message

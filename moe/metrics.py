@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import time
-from typing import Any, Iterator
+from typing import Any
+from collections.abc import Iterator
 
 from etils import epath
 import numpy as np
@@ -77,7 +79,7 @@ class Recorder:
     with self._guarded():
       self._metrics.write({"kind": kind, "step": step, "time": round(time.time(), 3), **plain})
       for key, value in plain.items():
-        if self._board and isinstance(value, (int, float)):
+        if self._board and isinstance(value, (int, float)) and math.isfinite(value):
           self._board.add_scalar(f"{kind}/{key}", value, step)
 
   def event(self, name: str, **fields: Any) -> None:

@@ -61,7 +61,8 @@ def _initial(run: config.Run, platform: str, key: jax.Array) -> TrainState:
 
 def abstract_state(run: config.Run, mesh) -> TrainState:
   """The state as ShapeDtypeStructs with their shardings; touches no device memory."""
-  boxed = jax.eval_shape(functools.partial(_initial, run, _platform(mesh)), jax.random.key(0))
+  # The key is made inside: outside it would be computed on the mesh's devices, which may be a topology's.
+  boxed = jax.eval_shape(lambda: _initial(run, _platform(mesh), jax.random.key(0)))
   shapes, specs = model_lib.unbox(boxed)
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)), shapes, specs)
 

@@ -93,6 +93,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
   mesh = sharding.make_mesh(run.mesh)
   sharding.check_run(run, mesh)
   profile = _profile_window(arguments.profile_steps)
+  peak, peak_source = hardware.peak_flops(list(mesh.devices.flat))
 
   # ------------------------------------------------------------------------------------------------------------ data
   loader = pipeline.Loader(run.data, run.train.seed, jax.process_index(), jax.process_count())
@@ -117,7 +118,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
   jax.config.update("jax_compilation_cache_dir", os.environ.get("MOE_COMPILE_CACHE", _default_cache()))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), saver:
     # -------------------------------------------------------------------------------------------------- state, restored
     abstract = step_lib.abstract_state(run, mesh)
     with clock.measure("restore"):
@@ -139,7 +140,6 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
 
     # ------------------------------------------------------------------------------------------------------- programs
     train_step, eval_step = step_lib.jit_train_step(run, mesh), step_lib.jit_eval_step(run, mesh)
-    peak, peak_source = hardware.peak_flops(list(mesh.devices.flat))
     flops = sizes.flops_per_token(run.model, run.data.sequence_tokens)
     batch_sharding = sharding.batch_sharding(mesh)
     preemption = _Preemption(arguments.multihost)
@@ -195,6 +195,9 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
                            step=at)
           recorder.metrics("train", at, record)
         if bad_steps >= _MAX_BAD_STEPS:
+          recorder.event("failed", step=at)
+          recorder.close()
+          (run_dir / "FAILED").write_text(f"loss not finite up to step {at}\n")
           raise NumericsError(f"the loss was not finite for {bad_steps} steps up to step {at}; lower "
                               "Optimizer.learning_rate, or resume from an earlier checkpoint")
         if done > window_step:

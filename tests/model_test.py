@@ -20,8 +20,10 @@ MLA = {"attention": {"kind": "mla", "num_kv_heads": 0, "kv_lora_rank": 8, "rope_
 VARIANTS = {
     "gqa": {}, "mla": MLA, "mla_q_lora": {"attention": {**MLA["attention"], "q_lora_rank": 8}},
     "qk_norm_head": {"attention": {"qk_norm": "head"}}, "qk_norm_whole": {"attention": {"qk_norm": "whole"}},
-    "qkv_bias": {"attention": {"qkv_bias": True}}, "window_softcap": {"attention": {"window_tokens": 4, "logit_softcap": 5.0}},
-    "shared_gate": {"experts": {"d_shared": 24, "shared_gate": True}}, "gelu_tied": {"activation": "gelu", "tie_embeddings": True},
+    "qkv_bias": {"attention": {"qkv_bias": True}},
+    "window_softcap": {"attention": {"window_tokens": 4, "logit_softcap": 5.0}},
+    "shared_gate": {"experts": {"d_shared": 24, "shared_gate": True}},
+    "gelu_tied": {"activation": "gelu", "tie_embeddings": True},
     "dense_first_every_2": {"num_layers": 5, "num_dense_layers": 1, "moe_every": 2, "d_ff": 32},
     "capacity": {"experts": {"capacity_factor": 1.0}}, "groups": {"router": {"num_groups": 4, "top_groups": 2}},
     "softmax_after": {"router": {"softmax": "after"}}, "interleaved": {"attention": {"rope": {"interleaved": True}}},
@@ -30,7 +32,8 @@ VARIANTS = {
 
 def init(model, seed=0):
   transformer = model_lib.build(model, "cpu")
-  return transformer, jax.jit(lambda key: model_lib.unbox(model_lib.init(transformer, key))[0])(jax.random.key(seed))
+  abstract = jax.eval_shape(lambda key: model_lib.unbox(model_lib.init(transformer, key))[0], jax.random.key(0))
+  return transformer, small.params(abstract, seed)
 
 
 @functools.partial(jax.jit, static_argnums=0)

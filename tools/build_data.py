@@ -13,7 +13,7 @@ import glob
 import hashlib
 import json
 import pathlib
-from typing import Iterator
+from collections.abc import Iterator
 
 from moe.config import ConfigError
 from moe.data import embedded

@@ -13,7 +13,7 @@ import pathlib
 import re
 import sys
 import sysconfig
-from typing import Iterator
+from collections.abc import Iterator
 
 from moe.data import records
 from moe.data.records import DataError, Document

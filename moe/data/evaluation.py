@@ -6,7 +6,8 @@ A document longer than the window is read in windows that overlap by half; each 
 from __future__ import annotations
 
 import itertools
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
+from collections.abc import Iterator
 
 import numpy as np
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Iterable, Protocol
+from typing import Protocol
+from collections.abc import Iterable
 
 import numpy as np
 import tokenizers as hf_tokenizers

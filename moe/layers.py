@@ -49,22 +49,31 @@ def attention_scale(rope: Rope, qk_dim: int) -> float:
 
 
 def rope_tables(positions: jax.Array, rope: Rope, dim: int) -> tuple[jax.Array, jax.Array]:
-  """cos and sin, each [B, S, dim / 2] float32, for positions [B, S]."""
+  """cos and sin, each [B, S, dim] float32 in the layout of the heads, for positions [B, S]."""
   angles = positions[..., None].astype(jnp.float32) * rope_frequencies(rope, dim)
+  angles = jnp.repeat(angles, 2, -1) if rope.interleaved else jnp.concatenate([angles, angles], -1)
   magnitude = (yarn_magnitude(rope.yarn_factor, rope.yarn_mscale)
                / yarn_magnitude(rope.yarn_factor, rope.yarn_mscale_all))
   return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
 
 
+def _quarter_turn(dim: int, interleaved: bool) -> np.ndarray:
+  """[dim, dim] with one +-1 a column: x @ it turns each pair (a, b) into (-b, a)."""
+  turn, half = np.zeros((dim, dim), np.float32), dim // 2
+  first, second = (np.arange(0, dim, 2), np.arange(1, dim, 2)) if interleaved else (np.arange(half), half + np.arange(half))
+  turn[second, first], turn[first, second] = -1.0, 1.0
+  return turn
+
+
 def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array], interleaved: bool) -> jax.Array:
-  """Rotates the pairs of each head of x [B, S, H, dim] by its position's angles."""
+  """Rotates the pairs of each head of x [B, S, H, dim] by its position's angles.
+
+  The quarter turn is a matmul with a signed permutation: exact in any dtype (each output is one input), and several
+  times quicker on CPU than splitting and concatenating the head.
+  """
   cos, sin = (t[:, :, None, :] for t in tables)
-  wide = x.astype(jnp.float32)
-  if interleaved:
-    a, b = wide[..., 0::2], wide[..., 1::2]
-    return jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape).astype(x.dtype)
-  a, b = jnp.split(wide, 2, -1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+  turned = jnp.matmul(x, _quarter_turn(x.shape[-1], interleaved).astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
+  return (x.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin).astype(x.dtype)
 
 
 def attention_bias(q_positions, k_positions, q_segments, k_segments, window_tokens: int) -> jax.Array:

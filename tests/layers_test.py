@@ -65,10 +65,19 @@ def test_rope_is_a_rotation_by_relative_position(interleaved):
 
 
 def test_rope_layouts_are_permutations_of_each_other():
-  x, tables = random(1, 5, 2, 8), layers.rope_tables(jnp.arange(5)[None], Rope(), 8)
-  order = np.array([0, 2, 4, 6, 1, 3, 5, 7])  # interleaved pairs -> halves
-  halves = layers.apply_rope(jnp.array(x[..., order]), tables, False)
-  np.testing.assert_allclose(layers.apply_rope(jnp.array(x), tables, True)[..., order], halves, atol=1e-6)
+  x, order = random(1, 5, 2, 8), np.array([0, 2, 4, 6, 1, 3, 5, 7])  # interleaved pairs -> halves
+  def rotated(x, interleaved):
+    tables = layers.rope_tables(jnp.arange(5)[None], Rope(interleaved=interleaved), 8)
+    return layers.apply_rope(jnp.array(x), tables, interleaved)
+  np.testing.assert_allclose(rotated(x, True)[..., order], rotated(x[..., order], False), atol=1e-6)
+
+
+def test_rope_by_hand():
+  """Pair i of position p turns by p x theta^(-2i/dim), counter-clockwise."""
+  x = random(1, 7, 1, 6)
+  out = layers.apply_rope(jnp.array(x), layers.rope_tables(jnp.arange(7)[None], Rope(theta=100.0), 6), False)
+  pairs = (x[0, :, 0, :3] + 1j * x[0, :, 0, 3:]) * np.exp(1j * np.outer(np.arange(7), 100.0 ** (-np.arange(3) / 3)))
+  np.testing.assert_allclose(out[0, :, 0], np.concatenate([pairs.real, pairs.imag], -1), atol=1e-6)
 
 
 def test_yarn():

@@ -100,8 +100,8 @@ def measure(name: str, maxtext_python: str | None) -> dict[str, float]:
     environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # as moe.train does for itself
     return watch([sys.executable, "-m", "tools.bench.small_moe", "--ours", *arguments], environment)
   with tempfile.TemporaryDirectory() as folder:
-    command = [maxtext_python, "-m", "maxtext.trainers.pre_train.train", *_MAXTEXT, f"base_output_directory={folder}", *arguments]
-    return watch(command, environment)
+    program = [maxtext_python, "-m", "maxtext.trainers.pre_train.train"]
+    return watch([*program, *_MAXTEXT, f"base_output_directory={folder}", *arguments], environment)
 
 
 def matmul_flops() -> float:
@@ -141,7 +141,8 @@ def main() -> None:
     print(f"round {number}: matmul {peaks[-1] / 1e9:.0f} GFLOP/s; " + "; ".join(
         f"{name} {r['wall']:.3f} s wall {r['cpu']:.3f} s CPU" for name, r in rounds[-1].items()), flush=True)
   flops = model_flops()
-  print(f"\nmodel FLOPs a step {flops / 1e9:.1f} G; medians of {arguments.rounds} rounds, {len(os.sched_getaffinity(0))} cores\n")
+  cores = len(os.sched_getaffinity(0))
+  print(f"\nmodel FLOPs a step {flops / 1e9:.1f} G; medians of {arguments.rounds} rounds, {cores} cores\n")
   print(f"{'':56s} wall s   CPU s   first step s   share of matmul peak")
   for name in names:
     middle = {key: statistics.median(r[name][key] for r in rounds) for key in ("wall", "cpu", "first")}

@@ -10,6 +10,7 @@ A failed save (a full disk, say) raises an alarm and training goes on; the last 
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import shutil
@@ -61,15 +62,17 @@ def _leaf_digest(x: jax.Array) -> jax.Array:
   return jnp.stack(sums)
 
 
-@jax.jit
-def _digest_tree(tree):
-  return jax.tree.map(_leaf_digest, tree)
-
-
 def digests(tree: Any) -> dict[str, str]:
   """Leaf name -> 16 hex digits, the same on every host and for every sharding."""
-  leaves = jax.tree_util.tree_leaves_with_path(_digest_tree(tree))
+  meshes = [x.sharding.mesh for x in jax.tree.leaves(tree) if isinstance(x.sharding, jax.NamedSharding)]
+  everywhere = jax.NamedSharding(meshes[0], jax.P()) if meshes else None  # every host reads every digest
+  leaves = jax.tree_util.tree_leaves_with_path(_digest_program(everywhere)(tree))
   return {leaf_name(path): "".join(f"{int(word):08x}" for word in np.asarray(value)) for path, value in leaves}
+
+
+@functools.cache
+def _digest_program(out_sharding):
+  return jax.jit(lambda tree: jax.tree.map(_leaf_digest, tree), out_shardings=out_sharding)
 
 
 def leaf_name(path) -> str:

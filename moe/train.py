@@ -75,7 +75,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
                       help="from the newest checkpoint of --run_dir: if there is one, never, or it must be there")
   parser.add_argument("--init_from", metavar="PATH", help="run or checkpoint to take the parameters from, nothing else")
   parser.add_argument("--profile_steps", metavar="A:B", help="trace steps A to B with jax.profiler into <run_dir>/profile")
-  parser.add_argument("--multihost", action="store_true", help="call jax.distributed.initialize() (TPU pods, clusters)")
+  parser.add_argument("--multihost", nargs="?", const="auto", metavar="ADDRESS:PORT,HOSTS,INDEX",
+                      help="join the other hosts; without a value JAX asks the cluster (TPU pods, Slurm, ...)")
   parser.add_argument("--print_config", action="store_true", help="print the resolved config and stop")
   parser.add_argument("--dry_run", action="store_true", help="check config, mesh and data, print the sizes, and stop")
   parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
@@ -88,7 +89,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
 
   # ------------------------------------------------------------------------------------------------ devices and mesh
   if arguments.multihost:
-    jax.distributed.initialize()
+    jax.distributed.initialize(*_hosts(arguments.multihost))
   first_host = jax.process_index() == 0
   mesh = sharding.make_mesh(run.mesh)
   sharding.check_run(run, mesh)
@@ -142,7 +143,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
     train_step, eval_step = step_lib.jit_train_step(run, mesh), step_lib.jit_eval_step(run, mesh)
     flops = sizes.flops_per_token(run.model, run.data.sequence_tokens)
     batch_sharding = sharding.batch_sharding(mesh)
-    preemption = _Preemption(arguments.multihost)
+    preemption = _Preemption(arguments.multihost is not None)
     pending, bad_steps = [], 0  # metrics not yet fetched; consecutive steps without a finite loss
 
     def save(step: int) -> None:
@@ -238,7 +239,8 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
   if first_host:
     recorder.terminal.close()
     _say_comparison(recorder.terminal, run, results)
-    _say_sample(recorder.terminal, run, state.params, tokenizer)
+    if jax.process_count() == 1:  # else the parameters are not all on this host: tools.sample
+      _say_sample(recorder.terminal, run, state.params, tokenizer)
     recorder.close()
     recorder.terminal.say(f"\nreport: {report.write(run_dir)}")
     for stale in ("PREEMPTED", "FAILED"):
@@ -247,6 +249,16 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- preparation
+
+
+def _hosts(text: str) -> tuple:
+  """The arguments of jax.distributed.initialize: none for `auto`, else (address, hosts, index)."""
+  if text == "auto":
+    return ()
+  parts = text.split(",")
+  if len(parts) != 3 or not (parts[1].isdigit() and parts[2].isdigit() and int(parts[2]) < int(parts[1])):
+    raise ConfigError(f"--multihost={text} is not ADDRESS:PORT,HOSTS,INDEX with INDEX < HOSTS, such as 10.0.0.1:8476,2,0")
+  return parts[0], int(parts[1]), int(parts[2])
 
 
 def _profile_window(text: str | None) -> tuple[int, int] | None:
@@ -388,7 +400,8 @@ def main(argv: list[str] | None = None) -> int:
       print(resolved.operative)
       return OK
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-      jax.config.update("jax_num_cpu_devices", hardware.cpu_devices(resolved.run.mesh))
+      hosts = (_hosts(arguments.multihost or "auto") or (None, 1))[1]
+      jax.config.update("jax_num_cpu_devices", max(hardware.cpu_devices(resolved.run.mesh) // hosts, 1))
     train(arguments, resolved)
     return OK
   except tuple(_CODES) as error:

@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -153,6 +154,31 @@ def test_eight_devices_resumed_on_four(corpus, tmp_path):
   for step, loss in got.items():
     assert abs(loss - want[step]) < 1e-4, step
   assert abs(want[21] - want[20]) > 1e-3
+
+
+@pytest.mark.slow
+def test_two_hosts_equal_one(corpus, tmp_path):
+  """Two processes of four devices, joined over loopback, against one process of eight: the same batches, and losses up
+  to the order of float32 sums. Then the run is resumed by one host."""
+  mesh = {"Mesh.data": 4, "Mesh.fsdp": 2, "Train.steps": 8}
+  finish(command(corpus, tmp_path / "one", **mesh))
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  hosts = [subprocess.Popen(command(corpus, tmp_path / "two", f"--multihost=127.0.0.1:{port},2,{i}", **mesh), cwd=ROOT,
+                            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in (0, 1)]
+  texts = [host.communicate(timeout=280)[0] for host in hosts]
+  assert [host.returncode for host in hosts] == [0, 0], texts[0][-3000:] + texts[1][-3000:]
+  assert "2 host(s)" in texts[0]
+  want, got = losses(tmp_path / "one"), losses(tmp_path / "two")
+  assert set(got) == set(want) == set(range(8))
+  assert max(abs(want[step] - got[step]) for step in want) < 1e-5
+  sides = [final_digests(tmp_path / name, 8)["sides"]["data"] for name in ("one", "two")]
+  assert sides[0] == sides[1]  # the position of the data, to the bit
+  shutil.rmtree(tmp_path / "two" / "checkpoints" / "8")
+  (tmp_path / "two" / "metrics.jsonl").unlink()
+  assert "resumed at step 4" in finish(command(corpus, tmp_path / "two", "--resume=must", **mesh)).stdout
+  assert max(abs(want[step] - loss) for step, loss in losses(tmp_path / "two").items()) < 1e-5
 
 
 @pytest.mark.slow

@@ -50,15 +50,14 @@ def test_steps_compile_and_fit(topology, mesh):
   assert "all-gather" in found
 
 
-def test_expert_gradients_are_not_all_reduced_whole():
-  """Weights are gathered over fsdp inside the shard_map, so a gradient of the gathered size never leaves by all-reduce."""
+def test_expert_gradients_leave_by_reduce_scatter():
+  """Weights are gathered over fsdp inside the shard_map, so the gradients of gate, up and down are reduce-scattered, an
+  eighth to each device, and none of the gathered size is all-reduced."""
   run, program = compiled("v5e:2x4", {"fsdp": 8})
-  m = run.model
-  whole = f"[{m.experts.num_experts},{m.d_model},{m.experts.d_expert}]"
-  reduced = [shape for shape in collectives(program.as_text()).get("all-reduce", []) if shape.endswith(whole)]
-  text = program.as_text()
-  fused = text.count("all-reduce-scatter") + text.count("reduce-scatter")
-  assert not reduced or fused > 0, reduced
+  e, d, f = run.model.experts.num_experts, run.model.d_model, run.model.experts.d_expert
+  found = collectives(program.as_text())
+  assert sorted(found["reduce-scatter"]) == sorted([f"bf16[{e},{d // 8},{f}]"] * 2 + [f"bf16[{e},{f},{d // 8}]"])
+  assert not [shape for shape in found["all-reduce"] if shape.endswith(f"[{e},{d},{f}]")]
 
 
 def test_exact_step_scope_compiles():

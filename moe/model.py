@@ -335,6 +335,6 @@ def init(transformer: Transformer, key: jax.Array):
 
 def unbox(boxed):
   """(parameters without boxes, PartitionSpec of mesh axes for each)."""
-  specs = jax.tree.map(lambda s: sharding.from_logical(s), nn.get_partition_spec(boxed),
+  specs = jax.tree.map(lambda s: sharding.spec(*s), nn.get_partition_spec(boxed),
                        is_leaf=lambda s: isinstance(s, jax.sharding.PartitionSpec))
   return nn.meta.unbox(boxed), specs

@@ -69,11 +69,6 @@ def spec(*logical: str | None) -> PartitionSpec:
   return PartitionSpec(*parts)
 
 
-def from_logical(logical: PartitionSpec) -> PartitionSpec:
-  """A PartitionSpec of logical names, as flax metadata gives it, in mesh axes."""
-  return spec(*logical)
-
-
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
   """Pins the sharding of an activation; the identity where no mesh is set."""
   if jax.sharding.get_abstract_mesh().empty:

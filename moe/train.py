@@ -94,7 +94,6 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
   mesh = sharding.make_mesh(run.mesh)
   sharding.check_run(run, mesh)
   profile = _profile_window(arguments.profile_steps)
-  peak, peak_source = hardware.peak_flops(list(mesh.devices.flat))
 
   # ------------------------------------------------------------------------------------------------------------ data
   loader = pipeline.Loader(run.data, run.train.seed, jax.process_index(), jax.process_count())
@@ -118,6 +117,8 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
     recorder.terminal.say(f"note: {note}")
   jax.config.update("jax_compilation_cache_dir", os.environ.get("MOE_COMPILE_CACHE", _default_cache()))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+  peak, peak_source = hardware.peak_flops(list(mesh.devices.flat))  # before set_mesh: it uses the devices one by one
 
   with jax.set_mesh(mesh), saver:
     # -------------------------------------------------------------------------------------------------- state, restored
@@ -214,7 +215,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
         jax.profiler.stop_trace()
       if preemption.reached(done):
         save(done)
-        for problem in saver.close():
+        for problem in saver.wait():
           recorder.alarm(problem)
         recorder.event("preempted", step=done)
         recorder.close()
@@ -231,7 +232,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
     # ------------------------------------------------------------------------------------------------------------- end
     save(run.train.steps)
     results = evaluate_all(run.train.steps, None)
-    problems = saver.close()
+    problems = saver.wait()
     for problem in problems:
       recorder.alarm(problem)
     recorder.event("end", step=run.train.steps, goodput=clock.table(), peak_flops=peak, peak_source=peak_source)

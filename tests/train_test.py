@@ -106,6 +106,9 @@ def test_kill_at_a_random_step_and_resume_is_bit_equal(corpus, straight, tmp_pat
   process = subprocess.Popen(command(corpus, tmp_path), cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True)
   wait_for_step(tmp_path, step, process)
+  # Saves run in the background: before the first is whole there is nothing that --resume=must could take.
+  while not any(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir()) and process.poll() is None:
+    time.sleep(0.005)
   process.send_signal(signal.SIGKILL)
   process.communicate()
   assert not (tmp_path / "DONE").exists()

@@ -29,7 +29,7 @@ environment() {  # folder, least minor version, packages ...
   local folder=$1 minor=$2 python
   shift 2
   local wanted
-  wanted=$(cat requirements.txt; printf '%s\n' "$@")
+  wanted=$(cat requirements.txt tools/requirements_test.txt; printf '%s\n' "$@")
   if [ ! -x "$folder/bin/python" ] || [ "$(cat "$folder/wanted" 2>/dev/null)" != "$wanted" ]; then
     python=$(python_of "$minor")
     echo "making $folder with $python (once, a minute or two)" >&2

@@ -11,7 +11,6 @@ Backends, chosen by name:
 
 from __future__ import annotations
 
-
 import jax
 import jax.numpy as jnp
 

@@ -117,32 +117,105 @@ class Attention(_Checked):
 
 
 @_dataclass
+class Recurrent(_Checked):
+  """A router that carries a state from layer to layer, for each token by itself (RMoE, arXiv 2408.06793)."""
+
+  cell: str = "none"  # none | gru | lstm | rnn; one cell for all layers
+  width: int = 128  # p, of the projected token and of the state
+  carry: str = "gradient"  # gradient | detach (the state passes, its gradient does not) | none (from zeros: the paper's NP)
+  shared_projector: bool = False  # one projection D -> p for all layers, instead of one a layer
+  previous_scores: float = 0.0  # the paper's r: the previous layer's logits, times this, are added
+
+  def check(self):
+    _one_of(self, "cell", ("none", "gru", "lstm", "rnn"))
+    _one_of(self, "carry", ("gradient", "detach", "none"))
+    _at_least(self, 1, "width")
+    _at_least(self, 0, "previous_scores")
+
+  @property
+  def blocks(self) -> int:
+    """Blocks of `width` columns in each matrix of the cell: its gates."""
+    return {"gru": 3, "lstm": 4, "rnn": 1}[self.cell]
+
+
+@_dataclass
+class PreGate(_Checked):
+  """One causal transformer block on the token ids routes for all layers (Read-ME, arXiv 2410.19123)."""
+
+  d_model: int = 0  # 0: each layer routes for itself
+  num_heads: int = 4
+  d_ff: int = 0
+
+  def check(self):
+    _at_least(self, 0, "d_model", "d_ff")
+    _at_least(self, 1, "num_heads")
+    if self.d_model and (self.d_ff < 1 or self.d_model % (2 * self.num_heads)):
+      raise ConfigError(f"PreGate: d_model = {self.d_model} needs a d_ff > 0 (it is {self.d_ff}) and heads of even width "
+                        f"(num_heads = {self.num_heads})")
+
+
+LOOKAHEAD_GATES = ("expert_choice", "soft")  # what becomes of a token depends on later tokens
+
+
+@_dataclass
 class Router(_Checked):
-  """Scores to assignment, and the losses that keep the experts balanced.
+  """Scores to assignment, and the losses that keep the experts balanced. Formulas of the gates: routing/gates.py.
 
   The balance loss is E x sum_i f_i P_i with f_i = selections of i / (K x tokens) and P_i the mean probability, so a
   perfectly balanced router scores 1 (Demons in the Detail, arXiv 2501.11873). `balance_scope` says over which
-  tokens f is taken: `sequence` (one document), `microbatch` (one data shard of one micro-batch), `global` (all data
-  shards of one micro-batch), `step` (the whole optimizer step, exact), `step_buffer` (the paper's running buffer).
+  tokens f is taken: `sequence` (one document), `microbatch` (one data shard of one micro-batch), `shuffle` (as many
+  tokens as a data shard has, drawn from the whole micro-batch), `global` (all data shards of one micro-batch), `step`
+  (the whole optimizer step, exact), `step_buffer` (the paper's running buffer).
   """
 
-  top_k: int = 2
-  softmax: str = "before"  # softmax over all experts before the choice, or over the chosen logits after it
-  renormalize: bool = True  # with softmax before: make the chosen weights of a token sum to 1
+  gate: str = "softmax"  # softmax | noisy | sigmoid | cosine | expert_choice | soft
+  top_k: int = 2  # experts of a token; expert_choice: on average
+  renormalize: bool = True  # the chosen weights of a token sum to 1 (the same as a softmax after the choice)
   weight_scale: float = 1.0  # DeepSeek's routed scaling factor
   num_groups: int = 1  # group-limited choice: experts are split into groups ...
-  top_groups: int = 1  # ... and only the best groups (by their best expert) take part
+  top_groups: int = 1  # ... and only the best groups take part
+  cosine_width: int = 256  # of the space in which the cosine gate compares tokens and experts
+  soft_slots: int = 1  # inputs of one expert for each sequence, each a mixture of its tokens
+  allow_lookahead: bool = False  # expert_choice and soft see later tokens; for models that are not causal
+  recurrent: Recurrent = Recurrent()
+  pre_gate: PreGate = PreGate()
   balance_scope: str = "global"
   balance_coef: float = 0.01
+  micro_mix: float = 0.0  # adds this much of the microbatch loss to the one of the scope (the paper: 0.01)
+  bias_update_rate: float = 0.0  # > 0: balance by a selection bias, moved by this much a step (arXiv 2408.15664)
   z_loss_coef: float = 0.001
 
   def check(self):
-    _one_of(self, "softmax", ("before", "after"))
-    _one_of(self, "balance_scope", ("sequence", "microbatch", "global", "step", "step_buffer"))
-    _at_least(self, 1, "top_k", "num_groups", "top_groups")
-    _at_least(self, 0, "balance_coef", "z_loss_coef")
+    _one_of(self, "gate", ("softmax", "noisy", "sigmoid", "cosine", *LOOKAHEAD_GATES))
+    _one_of(self, "balance_scope", ("sequence", "microbatch", "shuffle", "global", "step", "step_buffer"))
+    _at_least(self, 1, "top_k", "num_groups", "top_groups", "cosine_width", "soft_slots")
+    _at_least(self, 0, "balance_coef", "z_loss_coef", "micro_mix", "bias_update_rate")
     if self.top_groups > self.num_groups:
       raise ConfigError(f"Router.top_groups = {self.top_groups} exceeds num_groups = {self.num_groups}")
+    if self.micro_mix and self.balance_scope not in ("global", "step", "step_buffer"):
+      raise ConfigError(f"Router.micro_mix = {self.micro_mix} adds to a wider scope than balance_scope = "
+                        f"{self.balance_scope!r}; use 'global', 'step' or 'step_buffer', or set it to 0")
+    if self.gate in LOOKAHEAD_GATES:
+      self._check_lookahead()
+    if self.pre_gate.d_model and self.recurrent.cell != "none":
+      raise ConfigError(f"Router: a pre-gate decides once for all layers, so there is nothing for a recurrent cell "
+                        f"({self.recurrent.cell!r}) to carry; choose one of them")
+
+  def _check_lookahead(self):
+    gate = f"Router.gate = {self.gate!r}"
+    if not self.allow_lookahead:
+      raise ConfigError(f"{gate} lets later tokens decide about earlier ones, so a causal model would learn from what it "
+                        "must predict; choose a token-choice gate, or set Router.allow_lookahead = True")
+    if self.balance_coef:
+      raise ConfigError(f"{gate} loads the experts evenly by construction; set Router.balance_coef = 0 (it is "
+                        f"{self.balance_coef})")
+    if self.bias_update_rate or self.num_groups > 1 or self.pre_gate.d_model:
+      raise ConfigError(f"{gate} takes no selection bias, groups or pre-gate: they belong to gates where tokens choose")
+
+  @property
+  def draws_noise(self) -> bool:
+    """Whether the gate or the balance loss needs a random key in training."""
+    return self.gate == "noisy" or self.balance_scope == "shuffle"
 
 
 @_dataclass
@@ -153,14 +226,16 @@ class Experts(_Checked):
   d_expert: int  # F, hidden width of one routed expert
   d_shared: int = 0  # hidden width of all shared experts together; 0: none
   shared_gate: bool = False  # sigmoid gate on the shared experts (Qwen2-MoE)
-  capacity_factor: float = 0.0  # 0: dropless; else C = ceil(factor x K x S / E) slots an expert and sequence
-  drop_policy: str = "position"  # who keeps a slot: earlier tokens, or higher probability (which looks ahead)
+  capacity_factor: float = 0.0  # 0: dropless; else C = ceil(factor x K x T / E) slots an expert and group of T tokens
+  capacity_group: str = "sequence"  # whose tokens share the slots: a row, or the whole microbatch
+  drop_policy: str = "position"  # who keeps a slot: earlier tokens | higher probability | random (both look ahead)
   backend: str = "auto"  # grouped matmul: loop | ragged_dot | dense; auto: loop on CPU, else ragged_dot
 
   def check(self):
     _at_least(self, 1, "num_experts", "d_expert")
     _at_least(self, 0, "d_shared", "capacity_factor")
-    _one_of(self, "drop_policy", ("position", "probability"))
+    _one_of(self, "capacity_group", ("sequence", "microbatch"))
+    _one_of(self, "drop_policy", ("position", "probability", "random"))
     _one_of(self, "backend", ("auto", "loop", "ragged_dot", "dense"))
     if self.shared_gate and not self.d_shared:
       raise ConfigError("Experts.shared_gate needs shared experts; set d_shared > 0")
@@ -210,10 +285,17 @@ class Model(_Checked):
       raise ConfigError(
           f"Router.top_k = {self.router.top_k} exceeds Experts.num_experts = {self.experts.num_experts}: "
           "a token cannot choose more experts than there are")
+    if self.router.gate == "soft" and (self.experts.capacity_factor or self.experts.capacity_group != "sequence"):
+      raise ConfigError("Experts.capacity_factor and capacity_group do not apply to Router.gate = 'soft', which has "
+                        "Router.soft_slots for each sequence; leave them at their defaults")
     if self.experts.num_experts % self.router.num_groups:
       raise ConfigError(f"Experts.num_experts = {self.experts.num_experts} does not split into "
                         f"Router.num_groups = {self.router.num_groups} equal groups")
-    reachable = self.experts.num_experts // self.router.num_groups * self.router.top_groups
+    group = self.experts.num_experts // self.router.num_groups
+    if self.router.gate == "sigmoid" and self.router.num_groups > 1 and group < 2:
+      raise ConfigError(f"Router.num_groups = {self.router.num_groups} leaves groups of {group} expert; the sigmoid gate "
+                        "ranks groups by their two best")
+    reachable = group * self.router.top_groups
     if self.router.top_k > reachable:
       raise ConfigError(f"Router.top_k = {self.router.top_k} exceeds the {reachable} experts of "
                         f"top_groups = {self.router.top_groups} groups")
@@ -226,6 +308,25 @@ class Model(_Checked):
   @property
   def num_moe_layers(self) -> int:
     return (self.num_layers - self.num_dense_layers) // self.moe_every
+
+  @property
+  def num_routers(self) -> int:
+    """Layers that route for themselves; 1 with a pre-gate."""
+    return 1 if self.router.pre_gate.d_model else self.num_moe_layers
+
+  @property
+  def draws_routing_noise(self) -> bool:
+    """Whether routing needs a random key in training."""
+    return self.router.draws_noise or (self.experts.capacity_factor > 0 and self.experts.drop_policy == "random")
+
+  @property
+  def lookahead(self) -> str:
+    """What in the routing makes earlier tokens depend on later ones; empty for a causal model."""
+    if self.router.gate in LOOKAHEAD_GATES:
+      return f"Router.gate = {self.router.gate!r}"
+    if self.experts.capacity_factor and self.experts.drop_policy != "position":
+      return f"Experts.drop_policy = {self.experts.drop_policy!r}"
+    return ""
 
 
 @_dataclass

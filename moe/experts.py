@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from moe import layers
 from moe import sharding
 from moe.kernels.grouped_matmul import grouped_matmul
+from moe.routing.gates import SoftChoice
 
 
 class Weights(NamedTuple):
@@ -26,12 +27,53 @@ class Weights(NamedTuple):
   down: jax.Array  # [E, F, D]
 
 
-def apply_experts(x, chosen, gates, weights: Weights, *, activation: str, backend: str) -> jax.Array:
+class Plan(NamedTuple):
+  """The sorted order of the selections, for the experts of each device; made once and used by any number of layers.
+
+  R rows: no more than T x K, nor than the slots that capacity leaves to a device's experts. With a mesh the arrays of
+  all devices stand one after the other.
+  """
+
+  order: jax.Array  # [R] int32, selections (token x K + choice) by expert
+  inverse: jax.Array  # [T x K] int32, row of each selection; R or more where this device does not carry it out
+  sizes: jax.Array  # [E owned] int32, rows of each expert; rows past their sum belong to nobody
+
+
+def make_plan(chosen, num_experts: int, slots_in_row: int = 0, slots_in_batch: int = 0) -> Plan:
+  """Sorts the selections by expert, for the experts each device owns.
+
+  Args:
+    chosen: [B, S, K] int32, split over the batch axes of the mesh that is set (or no mesh); `num_experts` where a
+      selection is not carried out (dropped, or padding).
+    num_experts: E.
+    slots_in_row: bound on an expert's selections in one row of B; 0: none.
+    slots_in_batch: the same for all rows together.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+
+  def local(chosen):
+    owned = num_experts // (1 if mesh.empty else mesh.shape["expert"])
+    if owned < num_experts:
+      mine = jax.lax.all_gather(chosen, "expert", tiled=True) - jax.lax.axis_index("expert") * owned
+      chosen = jnp.where((mine >= 0) & (mine < owned), mine, owned)
+    keys = chosen.reshape(-1)
+    rows = min(keys.size, owned * (slots_in_row * chosen.shape[0] or slots_in_batch or keys.size))
+    order = jnp.argsort(keys, stable=True)
+    sizes = jnp.sum(jax.nn.one_hot(keys, owned, dtype=jnp.int32), 0)
+    return Plan(order[:rows], jnp.argsort(order), sizes)
+
+  if mesh.empty:
+    return local(chosen)
+  tokens = sharding.spec("batch")
+  return jax.shard_map(local, in_specs=tokens, out_specs=Plan(*[tokens] * 3), check_vma=False)(chosen)
+
+
+def apply_experts(x, plan: Plan, gates, weights: Weights, *, activation: str, backend: str) -> jax.Array:
   """Sum over a token's experts of gate x expert(token).
 
   Args:
     x: [B, S, D] in the compute dtype, split over the batch axes of the mesh that is set (or no mesh).
-    chosen: [B, S, K] int32; E where a selection is not carried out (dropped, or padding).
+    plan: from `make_plan`.
     gates: [B, S, K] float32.
     weights: expert matrices in the compute dtype, [E over expert, D over fsdp, F over tensor].
     activation: swiglu | gelu.
@@ -40,82 +82,109 @@ def apply_experts(x, chosen, gates, weights: Weights, *, activation: str, backen
   Returns:
     [B, S, D] in x's dtype; 0 where a token has no selection.
   """
+  def local(x, gates, plan, weights):
+    return _local_experts(x, gates, plan, weights, activation, backend)
+
+  return _on_mesh(local, x, gates, plan, weights, plan_specs=Plan(*[sharding.spec("batch")] * 3))
+
+
+def apply_soft_experts(x, choice: SoftChoice, weights: Weights, *, activation: str) -> jax.Array:
+  """SoftMoE (arXiv 2308.00951): experts on mixtures of the tokens of a row; arguments as in `apply_experts`."""
+  def local(x, choice, _, weights):
+    rows = jnp.einsum("bsep,bsd->ebpd", choice.dispatch.astype(x.dtype), x)
+    gate = jnp.einsum("ebpd,edf->ebpf", rows, weights.gate)
+    up = None if weights.up is None else jnp.einsum("ebpd,edf->ebpf", rows, weights.up)
+    out = jnp.einsum("ebpf,efd->ebpd", layers.activate(gate, up, activation), weights.down)
+    return jnp.einsum("bsep,ebpd->bsd", choice.combine.astype(x.dtype), out)
+
+  def owned(choice, first, count):
+    return SoftChoice(*(jax.lax.dynamic_slice_in_dim(a, first, count, axis=2) for a in choice))
+
+  return _on_mesh(local, x, choice, None, weights, plan_specs=None, owned=owned)
+
+
+def _on_mesh(local, x, gates, plan, weights: Weights, plan_specs, owned=None):
+  """Runs `local(x, gates, plan, weights)` for each device's experts, with the collectives around it.
+
+  `gates` is any tree of [B, S, ...] arrays; `owned(gates, first, count)` cuts out the part of a device's experts.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
-    return _local_experts(x, chosen, gates, weights, activation, backend)
+    return local(x, gates, plan, weights)
 
-  def local(x, chosen, gates, weights):
-    first = jax.lax.axis_index("expert") * weights.gate.shape[0]
+  def device(x, gates, plan, weights):
     if mesh.shape["fsdp"] > 1:
       weights = Weights(*(None if w is None else jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
                           for w, axis in zip(weights, (1, 1, 2))))
     if mesh.shape["expert"] > 1:
-      x, chosen, gates = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x, chosen, gates))
-    mine = chosen - first
-    owned = weights.gate.shape[0]
-    mine = jnp.where((mine >= 0) & (mine < owned), mine, owned)
-    out = _local_experts(x, mine, gates, weights, activation, backend)
+      x, gates = jax.tree.map(lambda a: jax.lax.all_gather(a, "expert", tiled=True), (x, gates))
+    if owned is not None:
+      count = weights.gate.shape[0]
+      gates = owned(gates, jax.lax.axis_index("expert") * count, count)
+    out = local(x, gates, plan, weights)
     if mesh.shape["tensor"] > 1:
       out = jax.lax.psum(out, "tensor")
     if mesh.shape["expert"] > 1:
       out = jax.lax.psum_scatter(out, "expert", tiled=True)
     return out
 
-  tokens = sharding.spec("batch", None, None)
   into = sharding.spec("experts", "embed", "hidden")
   specs = Weights(into, None if weights.up is None else into, sharding.spec("experts", "hidden", "embed"))
-  return jax.shard_map(local, in_specs=(tokens, tokens, tokens, specs), out_specs=tokens,
-                       check_vma=False)(x, chosen, gates, weights)
+  tokens = sharding.spec("batch")
+  return jax.shard_map(device, in_specs=(tokens, tokens, plan_specs, specs), out_specs=tokens,
+                       check_vma=False)(x, gates, plan, weights)
 
 
-def _local_experts(x, chosen, gates, weights: Weights, activation: str, backend: str) -> jax.Array:
-  """The experts of one device on the tokens it sees; `chosen` counts from its first expert, others are `owned`."""
+def _local_experts(x, gates, plan: Plan, weights: Weights, activation: str, backend: str) -> jax.Array:
+  """The experts of one device on the tokens it sees."""
   batch, length, width = x.shape
-  top_k, owned = chosen.shape[-1], weights.gate.shape[0]
-  keys = chosen.reshape(-1)  # [T x K]
-  order = jnp.argsort(keys, stable=True)
-  inverse = jnp.argsort(order)
-  sizes = jnp.sum(jax.nn.one_hot(keys, owned, dtype=jnp.int32), 0)  # rows past their sum belong to nobody here
-
-  rows = _to_experts(x.reshape(-1, width), order, inverse, top_k)
-  gate = grouped_matmul(rows, weights.gate, sizes, backend=backend)
-  up = None if weights.up is None else grouped_matmul(rows, weights.up, sizes, backend=backend)
-  out = grouped_matmul(layers.activate(gate, up, activation), weights.down, sizes, backend=backend)
-  parts = _from_experts(out, order, inverse, top_k)  # [T, K, D]
-  own = (keys < owned).reshape(-1, top_k)
+  top_k = gates.shape[-1]
+  rows = _to_experts(x.reshape(-1, width), plan, top_k)
+  gate = grouped_matmul(rows, weights.gate, plan.sizes, backend=backend)
+  up = None if weights.up is None else grouped_matmul(rows, weights.up, plan.sizes, backend=backend)
+  out = grouped_matmul(layers.activate(gate, up, activation), weights.down, plan.sizes, backend=backend)
+  parts = _from_experts(out, plan, top_k)  # [T, K, D]
+  own = (plan.inverse < jnp.sum(plan.sizes)).reshape(-1, top_k)
   scale = jnp.where(own, gates.reshape(-1, top_k), 0.0)
   total = jnp.sum(parts.astype(jnp.float32) * scale[..., None], 1)
   return total.astype(x.dtype).reshape(batch, length, width)
 
 
-# Sorting by expert is a permutation of T x K rows; both directions are gathers, whereas the automatic gradient of a
-# gather is a scatter-add, which is slow on every backend.
+# Sorting by expert is a permutation of T x K rows, cut off after R; both directions are gathers, whereas the automatic
+# gradient of a gather is a scatter-add, which is slow on every backend.
 
 
-def _to_experts(x, order, inverse, top_k: int):
-  """[T, D] -> [T x K, D], each token once for each of its experts, sorted by expert."""
-
-  @jax.custom_vjp
-  def send(x, order, inverse):
-    return x[order // top_k]
-
-  def backward(saved, grad):
-    order, inverse = saved
-    return grad[inverse].reshape(-1, top_k, grad.shape[-1]).sum(1), None, None
-
-  send.defvjp(lambda x, order, inverse: (send(x, order, inverse), (order, inverse)), backward)
-  return send(x, order, inverse)
+def _rows_at(rows, plan: Plan):
+  """[R, D] -> [T x K, D]: each selection's row, some row where it has none."""
+  return rows[plan.inverse] if plan.order.size == plan.inverse.size else rows[jnp.minimum(plan.inverse, rows.shape[0] - 1)]
 
 
-def _from_experts(rows, order, inverse, top_k: int):
-  """[T x K, D] sorted by expert -> [T, K, D]."""
+def _to_experts(x, plan: Plan, top_k: int):
+  """[T, D] -> [R, D], each token once for each of its experts, sorted by expert."""
 
   @jax.custom_vjp
-  def fetch(rows, order, inverse):
-    return rows[inverse].reshape(-1, top_k, rows.shape[-1])
+  def send(x, plan):
+    return x[plan.order // top_k]
 
-  def backward(order, grad):
-    return grad.reshape(-1, grad.shape[-1])[order], None, None
+  def backward(plan, grad):
+    back = _rows_at(grad, plan)
+    if plan.order.size < plan.inverse.size:
+      back = jnp.where((plan.inverse < plan.order.size)[:, None], back, 0)
+    return back.reshape(-1, top_k, grad.shape[-1]).sum(1), None
 
-  fetch.defvjp(lambda rows, order, inverse: (fetch(rows, order, inverse), order), backward)
-  return fetch(rows, order, inverse)
+  send.defvjp(lambda x, plan: (send(x, plan), plan), backward)
+  return send(x, plan)
+
+
+def _from_experts(rows, plan: Plan, top_k: int):
+  """[R, D] sorted by expert -> [T, K, D]."""
+
+  @jax.custom_vjp
+  def fetch(rows, plan):
+    return _rows_at(rows, plan).reshape(-1, top_k, rows.shape[-1])
+
+  def backward(plan, grad):
+    return grad.reshape(-1, grad.shape[-1])[plan.order], None
+
+  fetch.defvjp(lambda rows, plan: (fetch(rows, plan), plan), backward)
+  return fetch(rows, plan)

@@ -63,7 +63,13 @@ def sample(model: config.Model, params, prompt_ids: np.ndarray, count: int, *, v
     temperature: 0 takes the most probable token.
     top_p: smallest set of tokens with this much probability; 1 keeps all.
     seed: of the choices.
+
+  Raises:
+    ConfigError: the routing looks ahead, so tokens cannot be made one after the other.
   """
+  if model.lookahead:
+    raise config.ConfigError(f"{model.lookahead} lets earlier tokens depend on later ones; such a model cannot be sampled "
+                             "from token by token")
   device = jax.local_devices()[0]
   transformer = model_lib.build(model, device.platform)
   params = jax.device_put(jax.device_get(params), device)

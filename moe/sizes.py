@@ -16,11 +16,12 @@ class Sizes:
   dense: int  # dense feed-forward blocks and shared experts
   routed: int  # all routed experts
   routed_active: int  # those one token passes through
-  other: int  # routers, norms, gates
+  router: int  # all routers, or the pre-gate
+  other: int  # norms, the gates of shared experts
 
   @property
   def total(self) -> int:
-    return self.embedding + self.attention + self.dense + self.routed + self.other
+    return self.embedding + self.attention + self.dense + self.routed + self.router + self.other
 
   @property
   def active(self) -> int:
@@ -44,27 +45,56 @@ def sizes(m: Model) -> Sizes:
     attention = m.d_model * a.head_dim * (heads + a.num_heads) + (heads * a.head_dim if a.qkv_bias else 0)
     norms = {"none": 0, "head": 2 * a.head_dim, "whole": (a.num_heads + a.kv_heads) * a.head_dim}[a.qk_norm]
   expert = matrices * m.d_model * e.d_expert
+  gate = _pre_gate(m) if m.router.pre_gate.d_model else _routers(m)
   return Sizes(
       embedding=m.vocab_size * m.d_model * (1 if m.tie_embeddings else 2),
       attention=m.num_layers * attention,
       dense=matrices * m.d_model * (dense_layers * m.d_ff + moe_layers * e.d_shared),
       routed=moe_layers * e.num_experts * expert,
-      routed_active=moe_layers * m.router.top_k * expert,
-      other=(m.num_layers * (2 * m.d_model + norms) + m.d_model + moe_layers * m.d_model * e.num_experts
-             + (moe_layers * m.d_model if e.shared_gate else 0)),
+      routed_active=moe_layers * (e.num_experts if m.router.gate == "soft" else m.router.top_k) * expert,
+      router=gate,
+      other=m.num_layers * (2 * m.d_model + norms) + m.d_model + (moe_layers * m.d_model if e.shared_gate else 0),
   )
+
+
+def _scorer(m: Model, width: int) -> int:
+  """Parameters from a router's features to its logits."""
+  r, experts = m.router, m.experts.num_experts
+  scorer = {"noisy": 2 * width * experts, "cosine": width * r.cosine_width + r.cosine_width * experts + 1,
+            "soft": width * experts * r.soft_slots}.get(r.gate, width * experts)
+  return scorer + (experts if r.bias_update_rate else 0)
+
+
+def _routers(m: Model) -> int:
+  r = m.router.recurrent
+  if r.cell == "none":
+    return m.num_moe_layers * _scorer(m, m.d_model)
+  cell = r.blocks * (2 * r.width**2 + 2 * r.width)
+  projectors = m.d_model * r.width * (1 if r.shared_projector else m.num_moe_layers)
+  return cell + projectors + m.num_moe_layers * _scorer(m, r.width)
+
+
+def _pre_gate(m: Model) -> int:
+  p = m.router.pre_gate
+  layer = 4 * p.d_model**2 + 3 * p.d_model * p.d_ff + 2 * p.d_model
+  return m.vocab_size * p.d_model + layer + p.d_model + _scorer(m, p.d_model)
 
 
 def flops_per_token(m: Model, sequence_tokens: int) -> float:
   """Model FLOPs of one training token: 6 for each active matrix parameter, plus attention over half the sequence.
 
-  The input embedding is a look-up and does no FLOPs; recomputation under remat does not count (as in MFU, PaLM,
-  arXiv 2204.02311, appendix B).
+  The input embeddings are look-ups and do no FLOPs; recomputation under remat does not count (as in MFU, PaLM,
+  arXiv 2204.02311, appendix B). SoftMoE runs its experts on soft_slots inputs a sequence, not on every token.
   """
   s = sizes(m)
-  matrices = s.active - m.vocab_size * m.d_model * (0 if m.tie_embeddings else 1)
+  routed = s.routed_active
+  if m.router.gate == "soft":
+    routed = routed * m.router.soft_slots / sequence_tokens
+  look_ups = m.vocab_size * ((0 if m.tie_embeddings else m.d_model) + m.router.pre_gate.d_model)
+  matrices = s.active - s.routed_active + routed - look_ups
   seen = sequence_tokens / 2
   if m.attention.window_tokens:
     seen = min(seen, m.attention.window_tokens)
   attention = m.num_layers * m.attention.num_heads * (m.attention.qk_dim + m.attention.v_dim) * 2 * seen
+  attention += 2 * m.router.pre_gate.d_model * 2 * (sequence_tokens / 2)
   return 6.0 * matrices + 3.0 * attention

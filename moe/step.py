@@ -24,6 +24,7 @@ from moe.model import Batch
 from moe.routing import balance
 
 GUARD_STEPS = 128  # window of the spike guard
+_ROUTING = 1 << 20  # what sets the key of routing noise apart from those of dropout
 _GUARD_MINIMUM = 32  # steps before it judges spikes
 
 
@@ -91,11 +92,13 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax
   return log_z - jnp.sum(jnp.where(one_hot, logits, 0.0), -1), log_z
 
 
-def _forward(run: config.Run, platform: str, params, batch: Batch, key):
-  """(sum of losses, sum of logit z-losses, Stats) of one micro-batch."""
+def _forward(run: config.Run, platform: str, params, batch: Batch, rows, key, routing_key):
+  """(sum of losses, sum of logit z-losses, Stats) of one micro-batch, which has these rows of the step's batch."""
   transformer = model_lib.build(run.model, platform, deterministic=not run.model.dropout)
-  rngs = {"dropout": key} if run.model.dropout else None
-  out = transformer.apply({"params": params}, batch.inputs, batch.segment_ids, batch.positions, rngs=rngs)
+  rngs = {"dropout": key} if run.model.dropout else {}
+  if run.model.draws_routing_noise:
+    rngs["routing"] = routing_key
+  out = transformer.apply({"params": params}, batch.inputs, batch.segment_ids, batch.positions, rows=rows, rngs=rngs)
   logits = transformer.apply({"params": params}, out.hidden, method="logits")
   nll, log_z = cross_entropy(logits, batch.targets)
   real = (batch.segment_ids > 0).astype(jnp.float32)
@@ -111,7 +114,7 @@ def _balance_sums(run: config.Run, stats: balance.Stats, before: balance.Stats, 
     fraction: [L, E] f of the whole step (scope step), else None.
   """
   router = run.model.router
-  if router.balance_scope in ("sequence", "microbatch"):
+  if router.balance_scope in ("sequence", "microbatch", "shuffle"):
     return stats.local_balance_sum
   if router.balance_scope == "step_buffer":  # Demons in the Detail, Algorithm 1
     fraction = balance.fractions(before.counts + stats.counts, before.tokens + stats.tokens, router.top_k)
@@ -121,7 +124,7 @@ def _balance_sums(run: config.Run, stats: balance.Stats, before: balance.Stats, 
 
 
 def _zero_stats(model: config.Model) -> balance.Stats:
-  layers, experts = model.num_moe_layers, model.experts.num_experts
+  layers, experts = model.num_routers, model.experts.num_experts
   i, f = jnp.zeros(layers, jnp.int32), jnp.zeros(layers, jnp.float32)
   return balance.Stats(i, jnp.zeros((layers, experts), jnp.int32), jnp.zeros((layers, experts), jnp.float32), i, f, f, f, f)
 
@@ -144,39 +147,41 @@ def loss_and_gradients(run: config.Run, platform: str, params, batch: Batch, key
   count, router = run.train.micro_batches, run.model.router
   micro = split_micro_batches(batch, count)
   tokens = jnp.maximum(jnp.sum(batch.segment_ids > 0), 1).astype(jnp.float32)
-  keys = jax.random.split(key, count)
+  parts = (micro, jnp.arange(batch.inputs.shape[0]).reshape(-1, count).T, jax.random.split(key, count))
+  routing_key = jax.random.fold_in(key, _ROUTING)  # one for all micro-batches: the noise goes by the row
 
   fraction = None
   if router.balance_scope == "step" and count > 1:
     # The exact f needs the counts of all micro-batches before the first backward pass: a router's input depends on
     # the layers below, so this is a whole forward pass, with the same keys.
     def counts_of(total, part):
-      stats = _forward(run, platform, params, *part)[2]
+      stats = _forward(run, platform, params, *part, routing_key)[2]
       return jax.tree.map(jnp.add, total, (stats.counts, stats.tokens)), None
 
     zero = _zero_stats(run.model)
-    (counts, routed), _ = jax.lax.scan(counts_of, (zero.counts, zero.tokens), (micro, keys))
+    (counts, routed), _ = jax.lax.scan(counts_of, (zero.counts, zero.tokens), parts)
     fraction = balance.fractions(counts, routed, router.top_k)
 
-  def objective(params, part, key, before):
-    nll, logit_z, stats = _forward(run, platform, params, part, key)
+  def objective(params, part, before):
+    nll, logit_z, stats = _forward(run, platform, params, *part, routing_key)
     balance_sums = _balance_sums(run, stats, before, fraction)
     value = (nll + run.train.logit_z_loss_coef * logit_z
-             + router.balance_coef * balance_sums.mean() + router.z_loss_coef * stats.z_sum.mean()) / tokens
+             + router.balance_coef * (balance_sums + router.micro_mix * stats.local_balance_sum).mean()
+             + router.z_loss_coef * stats.z_sum.mean()) / tokens
     return value, {"nll": nll, "logit_z": logit_z, "balance": balance_sums, "stats": stats}
 
   gradient = jax.grad(objective, has_aux=True)
 
   def accumulate(carry, part):
     grads, sums = carry
-    new_grads, new_sums = gradient(params, *part, sums["stats"])
+    new_grads, new_sums = gradient(params, part, sums["stats"])
     return jax.tree.map(jnp.add, (grads, sums), (new_grads, new_sums)), None
 
-  zero = {"nll": jnp.zeros(()), "logit_z": jnp.zeros(()), "balance": jnp.zeros(run.model.num_moe_layers),
+  zero = {"nll": jnp.zeros(()), "logit_z": jnp.zeros(()), "balance": jnp.zeros(run.model.num_routers),
           "stats": _zero_stats(run.model)}
   if count == 1:
-    return gradient(params, jax.tree.map(lambda x: x[0], micro), keys[0], zero["stats"])
-  (grads, sums), _ = jax.lax.scan(accumulate, (jax.tree.map(jnp.zeros_like, params), zero), (micro, keys))
+    return gradient(params, jax.tree.map(lambda x: x[0], parts), zero["stats"])
+  (grads, sums), _ = jax.lax.scan(accumulate, (jax.tree.map(jnp.zeros_like, params), zero), parts)
   return grads, sums
 
 
@@ -196,7 +201,10 @@ def train_step(run: config.Run, platform: str, state: TrainState, batch: Batch) 
   loss = sums["nll"] / jnp.maximum(tokens, 1)
   guard, accept = _judge(run.optimizer.skip_spike_sigmas, state.guard, loss, norm)
   updates, opt_state = optimizer_lib.make(run).update(grads, state.opt_state, state.params)
-  new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, guard)
+  params = optax.apply_updates(state.params, updates)
+  if run.model.router.bias_update_rate:
+    params = balance.moved_biases(params, sums["stats"].counts, run.model.router.bias_update_rate)
+  new = TrainState(state.step + 1, params, opt_state, guard)
   old = TrainState(state.step + 1, state.params, state.opt_state, guard)
   rate = schedules.learning_rate(run.optimizer, run.tokens_per_step, run.train.steps)(state.step)
   metrics = {**_metrics(run.model, sums, tokens), "gradient_norm": norm, "learning_rate": rate,
@@ -241,7 +249,7 @@ def _metrics(model: config.Model, sums: dict, tokens) -> dict:
       "top_k_weight": stats.weight_sum.mean() / n,  # probability mass on the chosen experts
       "load_max": load.max(),  # largest share of any expert of any layer, over the mean share
       "dead_experts": jnp.sum(stats.counts == 0),
-      "dropped": stats.dropped.sum() / (n * model.router.top_k * model.num_moe_layers),  # share of the selections
+      "dropped": stats.dropped.sum() / (n * model.router.top_k * model.num_routers),  # share of the selections
       "expert_counts": stats.counts,  # [L, E]
   }
 

@@ -240,7 +240,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
   if first_host:
     recorder.terminal.close()
     _say_comparison(recorder.terminal, run, results)
-    if jax.process_count() == 1:  # else the parameters are not all on this host: tools.sample
+    if jax.process_count() == 1 and not run.model.lookahead:  # else the parameters are spread over hosts: tools.sample
       _say_sample(recorder.terminal, run, state.params, tokenizer)
     recorder.close()
     recorder.terminal.say(f"\nreport: {report.write(run_dir)}")
@@ -311,17 +311,29 @@ def _summary(run: config.Run, mesh, title: str) -> str:
   lines = [
       title,
       f"model: {s.total / 1e6:.2f} M parameters, {s.active / 1e6:.2f} M active a token; {run.model.num_layers} layers, "
-      f"{run.model.experts.num_experts} experts, top {r.top_k}, "
+      f"{run.model.experts.num_experts} experts, {_gate(r)}, "
       + (f"capacity factor {run.model.experts.capacity_factor}" if run.model.experts.capacity_factor else "dropless"),
       f"step: {run.data.batch_sequences} x {run.data.sequence_tokens} = {run.tokens_per_step:,} tokens in "
       f"{run.train.micro_batches} micro-batch(es), "
       f"{sizes.flops_per_token(run.model, run.data.sequence_tokens) * run.tokens_per_step / 1e9:,.1f} GFLOP",
       f"mesh: {axes} on {len(mesh.devices.flat)} {mesh.devices.flat[0].platform} device(s), {jax.process_count()} host(s)",
-      f"balance: {r.balance_scope}, coefficient {r.balance_coef}",
+      f"balance: {r.balance_scope}, coefficient {r.balance_coef}"
+      + (f", selection bias moved by {r.bias_update_rate} a step" if r.bias_update_rate else ""),
   ]
+  if run.model.lookahead:
+    lines.append(f"WARNING: {run.model.lookahead} lets later tokens decide about earlier ones; the loss of a causal model is "
+                 "too good where it is used, and decoding differs from training")
   if r.balance_scope == "step" and run.train.micro_batches > 1:
     lines.append("        exact over the step: one more forward pass of every micro-batch, a third of the step's FLOPs more")
   return "\n".join(lines)
+
+
+def _gate(router: config.Router) -> str:
+  """The router in a few words: `sigmoid top 2, gru over depth`."""
+  how = f"{router.gate} gate, top {router.top_k}" if router.gate != "soft" else f"soft gate, {router.soft_slots} slots"
+  if router.recurrent.cell != "none":
+    return f"{how}, {router.recurrent.cell} over depth"
+  return f"{how}, pre-gated" if router.pre_gate.d_model else how
 
 
 # --------------------------------------------------------------------------------------------------------------- loop

@@ -1,7 +1,21 @@
-"""Gates: router logits in, the chosen experts and their weights out. All arithmetic in float32."""
+"""Gates: router logits in, (token, expert, weight) out. All arithmetic in float32; parameters live in model.py.
+
+| `Router.gate`   | logits l of a token x             | scores                   | chosen by     | source (arXiv)       |
+|-----------------|-----------------------------------|--------------------------|---------------|----------------------|
+| `softmax`       | x W                               | softmax(l)               | token: top K  | 1701.06538           |
+| `noisy`         | x W + N(0, 1) softplus(x W_noise) | softmax(l)               | token: top K  | 1701.06538 Eq. 4     |
+| `sigmoid`       | x W                               | sigmoid(l)               | token: top K  | 2103.16716, 2412.19437 Eqs. 12-16 |
+| `cosine`        | cos(x W_1, e) x learned scale     | softmax(l)               | token: top K  | 2204.09179 (X-MoE)   |
+| `expert_choice` | x W                               | softmax(l)               | expert: top C | 2202.09368           |
+| `soft`          | x W, one for each slot            | softmax over tokens, and over slots | -  | 2308.00951 (SoftMoE) |
+
+A weight is the score of the chosen expert, made to sum to 1 over the chosen ones where `Router.renormalize` is set, times
+`Router.weight_scale`. Under `renormalize` the softmax before the choice and the one after it are the same.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -9,46 +23,109 @@ import jax.numpy as jnp
 
 from moe.config import Router
 
+COSINE_SCALE_START = math.log(1 / 0.5)  # log of 1 / temperature at the start
+_COSINE_SCALE_LIMIT = math.log(100.0)
+
 
 class Choice(NamedTuple):
-  """What each token chose, before any capacity limit."""
+  """What was chosen, before any capacity limit."""
 
-  probabilities: jax.Array  # [..., E] float32, softmax over all experts; the P of the balance loss
-  experts: jax.Array  # [..., K] int32, distinct, best first
-  weights: jax.Array  # [..., K] float32, what each expert's output is multiplied by
+  probabilities: jax.Array  # [B, S, E] float32, scores normalised over the experts; the P of the balance loss
+  experts: jax.Array  # [B, S, K] int32, distinct; E where there is none (expert choice, where K is E)
+  weights: jax.Array  # [B, S, K] float32, what each expert's output is multiplied by
 
 
-def softmax_top_k(logits: jax.Array, router: Router) -> Choice:
-  """Softmax top-k gate, optionally limited to the best groups of experts.
+class SoftChoice(NamedTuple):
+  """SoftMoE: every slot reads a mixture of the tokens of its row, and every token a mixture of the slots."""
 
-  `softmax = "before"` takes the weights from the softmax over all experts (Demons in the Detail, Eq. 1), and makes
-  them sum to 1 where `renormalize` is set (Qwen3, OLMoE's option); `"after"` takes the softmax over the chosen logits
-  (Mixtral), which equals the renormalised form. With groups, the groups are ranked by their best expert and only the
-  best `top_groups` take part (DeepSeek-V2, arXiv 2405.04434 section 2.2.2).
+  dispatch: jax.Array  # [B, S, E, p] float32, sums to 1 over the tokens of a row
+  combine: jax.Array  # [B, S, E, p] float32, sums to 1 over the slots
+
+
+def cosine_logits(features, experts, log_scale) -> jax.Array:
+  """exp(log_scale) x cos(feature, expert): [..., C], [C, E], [1] -> [..., E]; the scale is at most 100."""
+  def unit(x, axis):
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis, keepdims=True) + 1e-12)
+
+  cosine = jnp.matmul(unit(features, -1), unit(experts, 0), precision=jax.lax.Precision.HIGHEST)
+  return cosine * jnp.exp(jnp.minimum(log_scale, _COSINE_SCALE_LIMIT))
+
+
+def row_noise(draw, key, rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """[B, *shape] random numbers that depend on a token's place in the whole batch, not on shards or micro-batches.
 
   Args:
-    logits: [..., E] float32.
-    router: the gate's options.
+    draw: jax.random.normal, jax.random.uniform, ...
+    key: of this layer and step.
+    rows: [B] int32, number of each row in the batch of the optimizer step.
+    shape: of one row, [S, ...].
   """
-  probabilities = jax.nn.softmax(logits.astype(jnp.float32))
-  candidates = probabilities
+  return jax.vmap(lambda row: draw(jax.random.fold_in(key, row), shape))(rows)
+
+
+def token_choice(logits, router: Router, bias=None) -> Choice:
+  """Each token takes its best K experts, optionally among those of its best groups only.
+
+  Groups are ranked by their best expert (DeepSeek-V2, arXiv 2405.04434 section 2.2.2), with the sigmoid gate by the
+  sum of their two best (DeepSeek-V3).
+
+  Args:
+    logits: [B, S, E] float32.
+    router: the gate's options.
+    bias: [E] float32, added to the scores for the choice alone; the weights do not see it (DeepSeek-V3 Eq. 16).
+  """
+  # sigmoid(l) / sum sigmoid(l) is the softmax of log sigmoid(l), which does not divide 0 by 0.
+  log_scores = jax.nn.log_sigmoid(logits) if router.gate == "sigmoid" else logits
+  probabilities = jax.nn.softmax(log_scores)
+  scores = jax.nn.sigmoid(logits) if router.gate == "sigmoid" else probabilities
+  candidates = jax.lax.stop_gradient(scores if bias is None else scores + bias)
   if router.num_groups > 1:
-    candidates = jnp.where(_in_best_groups(probabilities, router), probabilities, -1.0)
-  # top_k's own gradient is a scatter; the chosen probabilities are read again by one-hot sums, which XLA fuses.
-  _, experts = jax.lax.top_k(jax.lax.stop_gradient(candidates), router.top_k)
-  chosen = jax.nn.one_hot(experts, logits.shape[-1], dtype=jnp.float32)  # [..., K, E]
-  if router.softmax == "after":
-    weights = jax.nn.softmax(jnp.sum(chosen * logits[..., None, :].astype(jnp.float32), -1))
+    candidates = jnp.where(_in_best_groups(candidates, router), candidates, -jnp.inf)
+  # top_k's own gradient is a scatter; the chosen scores are read again by one-hot sums, which XLA fuses.
+  _, experts = jax.lax.top_k(candidates, router.top_k)
+  chosen = jax.nn.one_hot(experts, logits.shape[-1], dtype=jnp.float32)  # [B, S, K, E]
+  if router.renormalize:
+    weights = jax.nn.softmax(jnp.sum(chosen * log_scores[..., None, :], -1))
   else:
-    weights = jnp.sum(chosen * probabilities[..., None, :], -1)
-    if router.renormalize:
-      weights = weights / jnp.sum(weights, -1, keepdims=True)
+    weights = jnp.sum(chosen * scores[..., None, :], -1)
   return Choice(probabilities, experts.astype(jnp.int32), weights * router.weight_scale)
 
 
-def _in_best_groups(probabilities, router: Router):
+def _in_best_groups(scores, router: Router):
   """[..., E] bool: the expert's group is among the token's best groups."""
-  grouped = probabilities.reshape(*probabilities.shape[:-1], router.num_groups, -1)
-  _, best = jax.lax.top_k(jax.lax.stop_gradient(grouped.max(-1)), router.top_groups)
+  grouped = scores.reshape(*scores.shape[:-1], router.num_groups, -1)
+  rank = jax.lax.top_k(grouped, 2)[0].sum(-1) if router.gate == "sigmoid" else grouped.max(-1)
+  _, best = jax.lax.top_k(rank, router.top_groups)
   kept = jax.nn.one_hot(best, router.num_groups, dtype=jnp.int32).sum(-2) > 0
   return jnp.repeat(kept, grouped.shape[-1], axis=-1)
+
+
+def expert_choice(logits, router: Router, mask, num_slots: int, group: str) -> Choice:
+  """Each expert takes its best C tokens of a group; a token may end with any number of experts.
+
+  Args:
+    logits: [B, S, E] float32.
+    router: the gate's options; renormalize does not apply.
+    mask: [B, S] bool, tokens that exist.
+    num_slots: C.
+    group: sequence | microbatch.
+  """
+  num_experts = logits.shape[-1]
+  probabilities = jax.nn.softmax(logits)
+  grouped = jnp.where(mask[..., None], jax.lax.stop_gradient(probabilities), -1.0)
+  if group == "microbatch":
+    grouped = grouped.reshape(1, -1, num_experts)
+  tokens = grouped.shape[1]
+  best, places = jax.lax.top_k(grouped.swapaxes(1, 2), min(num_slots, tokens))  # [G, E, C]
+  taken = jnp.sum(jax.nn.one_hot(jnp.where(best >= 0, places, tokens), tokens, dtype=jnp.int32), 2) > 0  # [G, E, T]
+  taken = taken.swapaxes(1, 2).reshape(logits.shape)
+  experts = jnp.where(taken, jnp.arange(num_experts, dtype=jnp.int32), num_experts)
+  return Choice(probabilities, experts, jnp.where(taken, probabilities, 0.0) * router.weight_scale)
+
+
+def soft_choice(logits, mask) -> SoftChoice:
+  """[B, S, E, p] float32 logits, [B, S] bool; padding enters no slot and reads none."""
+  real = mask[..., None, None]
+  dispatch = jnp.where(real, jax.nn.softmax(jnp.where(real, logits, -1e30), axis=1), 0.0)
+  combine = jax.nn.softmax(logits.reshape(*logits.shape[:2], -1)).reshape(logits.shape)
+  return SoftChoice(dispatch, jnp.where(real, combine, 0.0))

@@ -472,7 +472,7 @@ class Transformer(_Weights):
   def logits(self, hidden):
     """[..., D] -> [..., V] float32."""
     head = self.embedding.astype(self.dtype).T if self.model.tie_embeddings else self.head
-    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+    return layers.head_matmul(hidden, head)
 
 
 def empty_cache(model: config.Model, batch: int, length: int):

@@ -1,13 +1,13 @@
 """Gates: router logits in, (token, expert, weight) out. All arithmetic in float32; parameters live in model.py.
 
-| `Router.gate`   | logits l of a token x             | scores                   | chosen by     | source (arXiv)       |
-|-----------------|-----------------------------------|--------------------------|---------------|----------------------|
-| `softmax`       | x W                               | softmax(l)               | token: top K  | 1701.06538           |
-| `noisy`         | x W + N(0, 1) softplus(x W_noise) | softmax(l)               | token: top K  | 1701.06538 Eq. 4     |
-| `sigmoid`       | x W                               | sigmoid(l)               | token: top K  | 2103.16716, 2412.19437 Eqs. 12-16 |
-| `cosine`        | cos(x W_1, e) x learned scale     | softmax(l)               | token: top K  | 2204.09179 (X-MoE)   |
-| `expert_choice` | x W                               | softmax(l)               | expert: top C | 2202.09368           |
-| `soft`          | x W, one for each slot            | softmax over tokens, and over slots | -  | 2308.00951 (SoftMoE) |
+| `Router.gate`   | logits l of a token x             | scores                   | chosen by     | source (arXiv)         |
+|-----------------|-----------------------------------|--------------------------|---------------|------------------------|
+| `softmax`       | x W                               | softmax(l)               | token: top K  | 1701.06538             |
+| `noisy`         | x W + N(0, 1) softplus(x W_noise) | softmax(l)               | token: top K  | 1701.06538 Eq. 4       |
+| `sigmoid`       | x W                               | sigmoid(l)               | token: top K  | 2103.16716, 2412.19437 |
+| `cosine`        | cos(x W_1, e) x learned scale     | softmax(l)               | token: top K  | 2204.09179             |
+| `expert_choice` | x W                               | softmax(l)               | expert: top C | 2202.09368             |
+| `soft`          | x W, one for each slot            | softmax over tokens, and over slots      | 2308.00951             |
 
 A weight is the score of the chosen expert, made to sum to 1 over the chosen ones where `Router.renormalize` is set, times
 `Router.weight_scale`. Under `renormalize` the softmax before the choice and the one after it are the same.
@@ -82,13 +82,24 @@ def token_choice(logits, router: Router, bias=None) -> Choice:
   if router.num_groups > 1:
     candidates = jnp.where(_in_best_groups(candidates, router), candidates, -jnp.inf)
   # top_k's own gradient is a scatter; the chosen scores are read again by one-hot sums, which XLA fuses.
-  _, experts = jax.lax.top_k(candidates, router.top_k)
+  experts = _best(candidates, router.top_k)
   chosen = jax.nn.one_hot(experts, logits.shape[-1], dtype=jnp.float32)  # [B, S, K, E]
   if router.renormalize:
     weights = jax.nn.softmax(jnp.sum(chosen * log_scores[..., None, :], -1))
   else:
     weights = jnp.sum(chosen * scores[..., None, :], -1)
-  return Choice(probabilities, experts.astype(jnp.int32), weights * router.weight_scale)
+  return Choice(probabilities, experts, weights * router.weight_scale)
+
+
+def _best(scores, count: int) -> jax.Array:
+  """Indices of the `count` largest entries, best first, ties by index: [..., E] -> [..., count] int32."""
+  if count > 4:
+    return jax.lax.top_k(scores, count)[1]
+  found = []  # a few passes of argmax; XLA:CPU's top_k sorts, and took 2-5% of the quickstart's step
+  for _ in range(count):
+    found.append(jnp.argmax(scores, -1).astype(jnp.int32))
+    scores = jnp.where(jnp.arange(scores.shape[-1]) == found[-1][..., None], -jnp.inf, scores)
+  return jnp.stack(found, -1)
 
 
 def _in_best_groups(scores, router: Router):

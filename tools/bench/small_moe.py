@@ -74,31 +74,34 @@ def _cpu_seconds(pid: int) -> float:
   return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def watch(command: list[str], environment: dict[str, str]) -> dict[str, float]:
-  """Runs a command that prints `completed step: N`; wall and CPU seconds a step, and seconds to the first.
+def watch(command: list[str], environment: dict[str, str], folder: str | None = None) -> dict[str, float]:
+  """Runs a command that prints `completed step: N, ... loss X`; wall and CPU seconds a step, seconds to the first, last loss.
 
   Raises:
     RuntimeError: the command failed; its last lines.
   """
   begin, marks, tail = time.monotonic(), {}, []
-  process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             cwd=folder)
   for line in process.stdout:
     tail = tail[-20:] + [line]
-    if found := re.search(r"completed step: (\d+)", line):
+    if found := re.search(r"completed step: (\d+).*loss:? (\S+)", line):
+      loss = float(found.group(2))
       marks[int(found.group(1))] = (time.monotonic(), _cpu_seconds(process.pid))
   if process.wait() or _STEPS - 1 not in marks:
     raise RuntimeError(f"{' '.join(command)} failed:\n{''.join(tail)}")
   steps = _STEPS - 1 - _WARM
   (wall_a, cpu_a), (wall_b, cpu_b) = marks[_WARM], marks[_STEPS - 1]
-  return {"wall": (wall_b - wall_a) / steps, "cpu": (cpu_b - cpu_a) / steps, "first": marks[0][0] - begin}
+  return {"wall": (wall_b - wall_a) / steps, "cpu": (cpu_b - cpu_a) / steps, "first": marks[0][0] - begin, "loss": loss}
 
 
 def measure(name: str, maxtext_python: str | None) -> dict[str, float]:
   kind, *arguments = _VARIANTS[name]
   environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-  if kind == "ours":
+  if kind in ("ours", "other"):
     environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # as moe.train does for itself
-    return watch([sys.executable, "-m", "tools.bench.small_moe", "--ours", *arguments], environment)
+    return watch([sys.executable, "-m", "tools.bench.small_moe", "--ours", arguments[0]], environment,
+                 None if kind == "ours" else arguments[1])
   with tempfile.TemporaryDirectory() as folder:
     program = [maxtext_python, "-m", "maxtext.trainers.pre_train.train"]
     return watch([*program, *_MAXTEXT, f"base_output_directory={folder}", *arguments], environment)
@@ -126,6 +129,7 @@ def main() -> None:
   parser.add_argument("--maxtext_python", help="Python of an environment with MaxText; without it only ours is timed")
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--maxtext_huge_pages", action="store_true", help="give MaxText glibc's huge pages too")
+  parser.add_argument("--against", metavar="DIR", help="another checkout of this project, timed in the same rounds")
   parser.add_argument("--ours", type=int, help=argparse.SUPPRESS)
   arguments = parser.parse_args()
   if arguments.ours is not None:
@@ -133,7 +137,9 @@ def main() -> None:
     return
   if arguments.maxtext_huge_pages:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-  names = [name for name in _VARIANTS if arguments.maxtext_python or name.startswith("ours")]
+  if arguments.against:
+    _VARIANTS["other checkout, dropless, 1 device"] = ["other", "1", arguments.against]
+  names = [name for name, (kind, *_) in _VARIANTS.items() if arguments.maxtext_python or kind != "maxtext"]
   rounds, peaks = [], []
   for number in range(arguments.rounds):
     peaks.append(matmul_flops())
@@ -148,8 +154,10 @@ def main() -> None:
     middle = {key: statistics.median(r[name][key] for r in rounds) for key in ("wall", "cpu", "first")}
     share = statistics.median(flops / r[name]["wall"] / peak for r, peak in zip(rounds, peaks))
     print(f"{name:56s} {middle['wall']:6.3f}  {middle['cpu']:6.3f}   {middle['first']:12.1f}   {share:20.1%}")
-  for mine in [n for n in names if n.startswith("ours")]:
-    for theirs in [n for n in names if n.startswith("MaxText")]:
+  for name in names:
+    print(f"{name}: loss of the last step {rounds[-1][name]['loss']:.4f}")
+  for mine in [n for n in names if _VARIANTS[n][0] == "ours"]:
+    for theirs in [n for n in names if _VARIANTS[n][0] != "ours"]:
       ratios = [[r[theirs][key] / r[mine][key] for r in rounds] for key in ("wall", "cpu")]
       print(f"{theirs} / {mine}: wall {statistics.median(ratios[0]):.2f}, CPU {statistics.median(ratios[1]):.2f}")
   print(json.dumps({"rounds": rounds, "matmul_flops": peaks}))

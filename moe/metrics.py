@@ -82,6 +82,12 @@ class Recorder:
         if self._board and isinstance(value, (int, float)) and math.isfinite(value):
           self._board.add_scalar(f"{kind}/{key}", value, step)
 
+  def data(self, kind: str, step: int, **fields: Any) -> None:
+    """Writes one record of plain JSON values to the metrics file alone."""
+    if self._active:
+      with self._guarded():
+        self._metrics.write({"kind": kind, "step": step, "time": round(time.time(), 3), **fields})
+
   def event(self, name: str, **fields: Any) -> None:
     if self._active:
       with self._guarded():

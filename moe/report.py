@@ -17,6 +17,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 from moe import metrics  # noqa: E402
+from moe.routing import analysis  # noqa: E402
 
 _SNAPSHOTS = 4  # points in time of the load heatmap
 
@@ -51,7 +52,9 @@ def write(run_dir) -> epath.Path:
   pictures = []
   for name, title, draw in (("loss", "Loss and evaluation", _draw_loss), ("load", "Expert load over time", _draw_load),
                             ("domains", "Which experts a domain uses", _draw_domains),
-                            ("routing", "Routing", _draw_routing), ("speed", "Throughput", _draw_speed)):
+                            ("routing", "Routing", _draw_routing), ("specialisation", "Specialisation", _draw_specialisation),
+                            ("information", "What one layer's routing tells about another's", _draw_information),
+                            ("speed", "Throughput", _draw_speed)):
     figure = draw(records)
     if figure is not None:
       buffer = io.BytesIO()
@@ -129,12 +132,47 @@ def _draw_domains(records):
 
 
 def _draw_routing(records):
-  figure, axes = plt.subplots(1, 4, figsize=(16, 3.2), layout="constrained")
-  for axis, key, title in zip(axes, ("balance", "load_max", "router_entropy", "dropped"),
-                              ("balance loss (1 is balanced)", "largest load / mean load", "router entropy, nats",
-                               "dropped share of selections")):
+  titles = {"balance": "balance loss (1 is balanced)", "load_max": "largest load / mean load", "dead_experts": "dead experts",
+            "dropped": "dropped share of selections", "router_entropy": "router entropy, nats",
+            "top_k_weight": "probability on the chosen experts", "router_z": "router z, mean squared logsumexp"}
+  figure, axes = plt.subplots(2, 4, figsize=(16, 6), layout="constrained")
+  axes[1, 3].axis("off")
+  for axis, (key, title) in zip(axes.flat, titles.items()):
     axis.plot(*_column(records["train"], key), linewidth=0.8)
     axis.set(title=title, xlabel="step")
+  return figure
+
+
+def _draw_specialisation(records):
+  """What an expert tells about the domain, for each layer, at every evaluation."""
+  names = domains(records)
+  if len(names) < 2:
+    return None
+  steps = sorted(set.intersection(*({r["step"] for r in records[f"eval/{name}"]} for name in names)))
+  by_step = [{r["step"]: np.asarray(r["expert_counts"], float) for r in records[f"eval/{name}"]} for name in names]
+  values = np.array([analysis.specialisation(np.stack([counts[step] for counts in by_step])) for step in steps])
+  figure, axis = plt.subplots(figsize=(6, 3.2))
+  for layer in range(values.shape[1]):
+    axis.plot(steps, values[:, layer], marker="o", label=f"layer {layer}")
+  axis.set(title="I(domain; expert) / H(domain)", xlabel="step", ylim=(0, None))
+  if values.shape[1] <= 12:
+    axis.legend()
+  return figure
+
+
+def _draw_information(records):
+  """Layer x layer, in nats, mean over domains: between first choices, and between the layers' probabilities."""
+  last = [records[f"eval/{name}"][-1] for name in domains(records)]
+  if not last or len(last[0].get("information_choices", ())) < 2:
+    return None
+  figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+  for axis, key, title in zip(axes, ("information_choices", "information_probabilities"),
+                              ("between first choices", "between probabilities (RMoE A.4.2)")):
+    values = np.mean([r[key] for r in last], 0)
+    np.fill_diagonal(values, np.nan)  # a layer knows itself
+    image = axis.imshow(values, cmap="viridis", vmin=0)
+    axis.set(title=title, xlabel="layer", ylabel="layer")
+    figure.colorbar(image, ax=axis, label="nats", shrink=0.9)
   return figure
 
 
@@ -163,6 +201,25 @@ def _domain_table(records) -> str:
   return f"<h2>Share of each expert, mean over layers</h2><div class=wide><table>{head}{''.join(rows)}</table></div>"
 
 
+def _examples(records) -> str:
+  """What each expert reads, by domain and layer, folded away."""
+  def cell(entry):
+    tokens = " ".join(f"<code>{html.escape(repr(text)[1:-1])}</code>&nbsp;{share:.0%}" for text, share in entry["tokens"])
+    places = "".join(f"<br><small>{html.escape(a)}<mark>{html.escape(b)}</mark>{html.escape(c)}</small>"
+                     for a, b, c in entry["snippets"])
+    return tokens + places
+
+  parts = []
+  for name in domains(records):
+    for layer, experts in enumerate(records.get(f"examples/{name}", [{"examples": []}])[-1]["examples"]):
+      rows = "".join(f"<tr><th>{i}</th><td>{cell(entry)}</td></tr>" for i, entry in enumerate(experts))
+      parts.append(f"<details><summary>{html.escape(name)}, layer {layer}</summary><table>{rows}</table></details>")
+  if not parts:
+    return ""
+  return ("<h2>What the experts read</h2><p>The tokens that tell an expert from the others, with their share of what it reads, "
+          "and two places in the text.</p>" + "".join(parts))
+
+
 def _page(run_dir, records, pictures) -> str:
   last = records["train"][-1]
   facts = [("steps", last["step"] + 1), ("training loss", f"{last['loss']:.4f} nats a token"),
@@ -179,6 +236,6 @@ def _page(run_dir, records, pictures) -> str:
   return (f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(run_dir.name)}</title><style>"
           "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
           "img{max-width:100%}th,td{padding:.15rem .7rem;text-align:left}td{font-variant-numeric:tabular-nums}"
-          ".wide{overflow-x:auto}pre{font-size:.8rem}</style>"
-          f"<h1>{html.escape(run_dir.name)}</h1><table>{rows}</table>{images}{_domain_table(records)}"
+          ".wide{overflow-x:auto}mark{background:#fd6}pre{font-size:.8rem}</style>"
+          f"<h1>{html.escape(run_dir.name)}</h1><table>{rows}</table>{images}{_domain_table(records)}{_examples(records)}"
           f"<details><summary>Resolved config</summary><pre>{html.escape(shown)}</pre></details></html>\n")

@@ -21,6 +21,7 @@ from moe import optimizer as optimizer_lib
 from moe import schedules
 from moe import sharding
 from moe.model import Batch
+from moe.routing import analysis
 from moe.routing import balance
 
 GUARD_STEPS = 128  # window of the spike guard
@@ -255,14 +256,22 @@ def _metrics(model: config.Model, sums: dict, tokens) -> dict:
 
 
 def eval_step(run: config.Run, platform: str, params, batch: Batch, scored) -> dict:
-  """Sums over one evaluation batch; `scored` [B, S] bool says which targets count (windows overlap)."""
+  """One evaluation batch; `scored` [B, S] bool says which targets count (windows overlap).
+
+  Returns:
+    (sums over the batch, for the score and of the routing; [L, B, S, K] the experts chosen).
+  """
   transformer = model_lib.build(run.model, platform)
   out = transformer.apply({"params": params}, batch.inputs, batch.segment_ids, batch.positions)
   logits = transformer.apply({"params": params}, out.hidden, method="logits")
   nll, _ = cross_entropy(logits, batch.targets)
   hit = (jnp.argmax(logits, -1) == batch.targets) & scored
-  return {"nll": jnp.sum(jnp.where(scored, nll, 0.0)), "scored": scored.sum(dtype=jnp.int32),
-          "hits": hit.sum(dtype=jnp.int32), "expert_counts": out.stats.counts}
+  mask = batch.segment_ids > 0
+  between, sampled = analysis.probability_information(out.probabilities, mask)
+  sums = {"nll": jnp.sum(jnp.where(scored, nll, 0.0)), "scored": scored.sum(dtype=jnp.int32),
+          "hits": hit.sum(dtype=jnp.int32), "stats": out.stats, "information": between, "sampled": sampled,
+          "joint": analysis.joint_counts(out.experts, mask, run.model.experts.num_experts)}
+  return sums, out.experts
 
 
 # ------------------------------------------------------------------------------------------------------- programs

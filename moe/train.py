@@ -41,6 +41,7 @@ from moe.config import ConfigError
 from moe.data import pipeline
 from moe.data import tokenizers
 from moe.data.records import DataError
+from moe.routing import analysis
 
 OK, USAGE, DATA, CHECKPOINT, NUMERICS, CRASH, PREEMPTED = 0, 2, 3, 4, 5, 13, 143
 _MAX_BAD_STEPS = 20  # consecutive steps without a finite loss before giving up
@@ -146,6 +147,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
     batch_sharding = sharding.batch_sharding(mesh)
     preemption = _Preemption(arguments.multihost is not None)
     pending, bad_steps = [], 0  # metrics not yet fetched; consecutive steps without a finite loss
+    collapsed: list[int] = []  # layers whose routing had collapsed at the last look
 
     def save(step: int) -> None:
       with clock.measure("save"):
@@ -159,10 +161,14 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
       with clock.measure("evaluate"):
         results = {d.name: evaluate.evaluate_domain(run, mesh, eval_step, state.params, d, tokenizer,
                                                     limit_batches=limit) for d in run.data.domains}
-      for name, result in results.items():
+      for name, (result, shown) in results.items():
         recorder.metrics(f"eval/{name}", step, result)
+        recorder.data(f"examples/{name}", step, examples=shown)
+      results = {name: result for name, (result, _) in results.items()}
       recorder.terminal.say(f"eval at step {step}: " + ", ".join(
           f"{name} {result['bits_per_byte']:.4f} bits/byte" for name, result in results.items()))
+      for line in evaluate.routing_table(results):
+        recorder.terminal.say(line)
       return results
 
     # ------------------------------------------------------------------------------------------------------------ loop
@@ -196,6 +202,11 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
             recorder.alarm(f"step {at} skipped: loss {record['loss']:.4g}, gradient norm {record['gradient_norm']:.4g}",
                            step=at)
           recorder.metrics("train", at, record)
+        layers = analysis.collapsed_layers(np.sum([r["expert_counts"] for r in fetched], 0), run.model.router.top_k)
+        if layers and layers != collapsed:
+          recorder.alarm(f"routing has collapsed in layer(s) {', '.join(map(str, layers))}: few experts take nearly all "
+                         "tokens; raise Router.balance_coef, or lower the learning rate", step=done, layers=layers)
+        collapsed = layers
         if bad_steps >= _MAX_BAD_STEPS:
           recorder.event("failed", step=at)
           recorder.close()

@@ -6,6 +6,7 @@ import argparse
 import json
 
 import jax
+import numpy as np
 
 from moe import config
 from moe import evaluate
@@ -20,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--domain", action="append", metavar="NAME=PATH",
                       help="a domain to score in place of the run's own; repeatable")
   parser.add_argument("--limit", type=int, metavar="N", help="batches a domain (default: all)")
-  parser.add_argument("--json", action="store_true", help="one JSON object, with the load of every expert")
+  parser.add_argument("--json", action="store_true", help="one JSON object, with all that is known of the routing")
   arguments = parser.parse_args(argv)
   trained = restore.load(arguments.path)
   domains = trained.run.data.domains
@@ -33,14 +34,17 @@ def main(argv: list[str] | None = None) -> int:
   with jax.set_mesh(trained.mesh):
     eval_step = step_lib.jit_eval_step(trained.run, trained.mesh)
     for domain in domains:
-      result = evaluate.evaluate_domain(trained.run, trained.mesh, eval_step, trained.params, domain, trained.tokenizer,
-                                        arguments.split, arguments.limit)
-      results[domain.name] = {**result, "expert_counts": result["expert_counts"].tolist()}
+      result, _ = evaluate.evaluate_domain(trained.run, trained.mesh, eval_step, trained.params, domain, trained.tokenizer,
+                                           arguments.split, arguments.limit)
+      results[domain.name] = result
       if not arguments.json:
         print(f"{domain.name:12s} {result['bits_per_byte']:.4f} bits/byte  {result['loss']:.4f} nats/token  "
               f"accuracy {result['accuracy']:.2%}  {result['bytes']:,} bytes of {arguments.split}")
   if arguments.json:
-    print(json.dumps({"path": arguments.path, "step": trained.step, "split": arguments.split, "domains": results}))
+    plain = {name: {key: np.asarray(value).tolist() for key, value in result.items()} for name, result in results.items()}
+    print(json.dumps({"path": arguments.path, "step": trained.step, "split": arguments.split, "domains": plain}))
+  else:
+    print("routing, all domains together", *evaluate.routing_table(results), sep="\n")
   return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -105,6 +106,17 @@ def attention(q, k, v, bias, *, scale: float, softcap: float) -> jax.Array:
   Returns:
     [B, S, H, d_v] in q's dtype.
   """
+  length = q.shape[1]
+  if length == k.shape[1] and length % 128 == 0:
+    # No token sees a later place of its row, so the first half of the queries needs only the first half of the keys.
+    half = length // 2
+    parts = [_attention(q[:, begin:end], k[:, :end], v[:, :end], bias[:, begin:end, :end], scale, softcap)
+             for begin, end in ((0, half), (half, length))]
+    return jnp.concatenate(parts, 1)
+  return _attention(q, k, v, bias, scale, softcap)
+
+
+def _attention(q, k, v, bias, scale: float, softcap: float) -> jax.Array:
   batch, length, heads, width = q.shape
   q, k, v = (t.swapaxes(1, 2) for t in (q * scale, k, v))
   q = q.reshape(batch, k.shape[1], heads // k.shape[1], length, width)
@@ -116,26 +128,30 @@ def attention(q, k, v, bias, *, scale: float, softcap: float) -> jax.Array:
   return out.reshape(batch, heads, length, -1).swapaxes(1, 2)
 
 
-@jax.custom_vjp
-def head_matmul(x: jax.Array, head: jax.Array) -> jax.Array:
-  """x [..., D] @ head [D, V], float32 out.
+def matmul(x: jax.Array, weight: jax.Array, out_dtype=None) -> jax.Array:
+  """x [..., D] @ weight [D, ...], in x's dtype or `out_dtype`, accumulated in float32.
 
-  Its gradient is written out because the automatic one wants the gradient of the logits transposed, and on CPU writing
-  that array, the largest of a step, column by column takes as long as a matmul of a fifth of its size.
+  Its gradient is written out because the automatic one contracts the output's gradient transposed, and XLA:CPU then
+  writes that array column by column: for the logits as slow as a matmul of a fifth of their size.
   """
-  return jnp.matmul(x, head, preferred_element_type=jnp.float32)
+  flat = _matmul(x, weight.reshape(weight.shape[0], -1), jnp.dtype(out_dtype or x.dtype))
+  return flat.reshape(*x.shape[:-1], *weight.shape[1:])
 
 
-def _head_matmul_backward(saved, grad):
-  x, head = saved
-  grad = grad.astype(x.dtype)
-  flat = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-  grad_x = jax.lax.dot_general(grad, head, (((grad.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-  grad_head = jax.lax.dot_general(*flat, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-  return grad_x.astype(x.dtype), grad_head.astype(head.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x, weight, dtype):
+  return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(dtype)
 
 
-head_matmul.defvjp(lambda x, head: (head_matmul(x, head), (x, head)), _head_matmul_backward)
+def _matmul_backward(dtype, saved, grad):
+  x, weight = saved
+  grad, tokens = grad.astype(x.dtype), tuple(range(x.ndim - 1))
+  grad_x = jax.lax.dot_general(grad, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+  grad_weight = jax.lax.dot_general(x, grad, ((tokens, tokens), ((), ())), preferred_element_type=jnp.float32)
+  return grad_x.astype(x.dtype), grad_weight.astype(weight.dtype)
+
+
+_matmul.defvjp(lambda x, weight, dtype: (_matmul(x, weight, dtype), (x, weight)), _matmul_backward)
 
 
 def activate(gate: jax.Array, up: jax.Array | None, kind: str) -> jax.Array:

@@ -104,7 +104,7 @@ class GroupedQueryAttention(_Weights):
     a, d_model = self.model.attention, self.model.d_model
 
     def project(name, heads, axis):
-      out = jnp.einsum("bsd,dhk->bshk", x, self.weight(name, (d_model, heads, a.head_dim), ("embed", axis, "head_dim")))
+      out = layers.matmul(x, self.weight(name, (d_model, heads, a.head_dim), ("embed", axis, "head_dim")))
       if a.qkv_bias:
         out = out + self.bias(f"{name}_bias", (heads, a.head_dim), (axis, "head_dim"))
       return out
@@ -152,7 +152,8 @@ def _attend(module: _Weights, q, k, v, context: _Context, cache):
   out = layers.attention(q, k, v, context.bias, scale=layers.attention_scale(a.rope, a.qk_dim), softcap=a.logit_softcap)
   out = checkpoint_name(out, "attention")
   shape = (a.num_heads, a.v_dim, module.model.d_model)
-  return jnp.einsum("bshk,hkd->bsd", out, module.weight("out", shape, ("heads", "head_dim", "embed"), "residual")), cache
+  weight = module.weight("out", shape, ("heads", "head_dim", "embed"), "residual")
+  return layers.matmul(out.reshape(*out.shape[:2], -1), weight.reshape(-1, shape[-1])), cache
 
 
 class DenseBlock(_Weights):
@@ -163,10 +164,10 @@ class DenseBlock(_Weights):
   @nn.compact
   def __call__(self, x):
     d_model, into = self.model.d_model, ("embed", "hidden")
-    gate = x @ self.weight("gate", (d_model, self.hidden), into)
-    up = x @ self.weight("up", (d_model, self.hidden), into) if self.model.activation == "swiglu" else None
+    gate = layers.matmul(x, self.weight("gate", (d_model, self.hidden), into))
+    up = layers.matmul(x, self.weight("up", (d_model, self.hidden), into)) if self.model.activation == "swiglu" else None
     hidden = layers.activate(gate, up, self.model.activation)
-    return hidden @ self.weight("down", (self.hidden, d_model), ("hidden", "embed"), "residual")
+    return layers.matmul(hidden, self.weight("down", (self.hidden, d_model), ("hidden", "embed"), "residual"))
 
 
 class RecurrentCell(_Weights):
@@ -472,7 +473,7 @@ class Transformer(_Weights):
   def logits(self, hidden):
     """[..., D] -> [..., V] float32."""
     head = self.embedding.astype(self.dtype).T if self.model.tie_embeddings else self.head
-    return layers.head_matmul(hidden, head)
+    return layers.matmul(hidden, head, jnp.float32)
 
 
 def empty_cache(model: config.Model, batch: int, length: int):

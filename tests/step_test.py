@@ -141,7 +141,7 @@ def test_step_buffer_is_algorithm_1():
     parts = step_lib.split_micro_batches(jax.tree.map(jnp.array, small.batch()), 4)
     counts, tokens, want = 0, 0, 0
     for i in range(4):
-      stats = forward(params, jax.tree.map(lambda x, i=i: x[i], parts), jax.random.key(0))[2]
+      stats = forward(params, jax.tree.map(lambda x, i=i: x[i], parts), None, None, None)[2]
       counts, tokens = counts + np.asarray(stats.counts, float), tokens + np.asarray(stats.tokens, float)
       f = counts / (2 * tokens[:, None])
       want = want + 8 * np.sum(f * np.asarray(stats.probability_sums), -1)

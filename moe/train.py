@@ -53,7 +53,8 @@ the main knobs (any field of moe/config.py can be set; --print_config shows all)
   --gin.Train.micro_batches=1           gradient accumulation
   --gin.Optimizer.learning_rate=3e-3    peak; .schedule='"cosine"' or '"wsd"', .warmup_tokens, .decay_tokens
   --gin.Experts.num_experts=8           .d_expert, .d_shared, .capacity_factor (0: dropless)
-  --gin.Router.top_k=2                  .balance_scope='"global"' .balance_coef .z_loss_coef
+  --gin.Router.gate='"softmax"'         .top_k .balance_scope='"global"' .balance_coef .z_loss_coef .bias_update_rate
+  --gin_file=configs/router/rmoe.gin    after the run's file: another router (docs/routing.md)
   --gin.Mesh.expert=4                   .data .fsdp .tensor; their product is the number of devices
   --gin.Checkpoint.every_steps=200      .keep_last .keep_every_steps
 """

@@ -10,6 +10,7 @@ from moe import gin_config
 QUICKSTART = gin_config.CONFIGS / "run" / "quickstart.gin"
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 RUNS = sorted((gin_config.CONFIGS / "run").glob("*.gin"))
+ROUTERS = sorted((gin_config.CONFIGS / "router").glob("*.gin"))
 
 
 def refusal(files=(QUICKSTART,), flags=()) -> str:
@@ -103,3 +104,10 @@ def test_golden(path):
   """A changed default shows up here for review; rewrite with tests/golden/update.py."""
   golden = GOLDEN / f"{path.stem}.txt"
   assert gin_config.resolve([path]).operative == golden.read_text(), "run python tests/golden/update.py and review"
+
+
+@pytest.mark.parametrize("path", ROUTERS, ids=lambda p: p.stem)
+def test_router_files_change_the_router_and_nothing_else(path):
+  plain, other = (config.to_dict(gin_config.resolve(files).run) for files in ([QUICKSTART], [QUICKSTART, path]))
+  changed = config.differences(plain, other)
+  assert changed and all(line.startswith("model.router.") for line in changed)

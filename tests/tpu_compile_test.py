@@ -62,3 +62,14 @@ def test_expert_gradients_leave_by_reduce_scatter():
 
 def test_exact_step_scope_compiles():
   compiled("v5e:2x2", {"data": 4}, train={"micro_batches": 4}, model={"router": {"balance_scope": "step"}})
+
+
+@pytest.mark.parametrize("router, experts", [
+    ({"recurrent": {"cell": "gru"}}, {}), ({"pre_gate": {"d_model": 128, "d_ff": 128}}, {}),
+    ({"gate": "sigmoid", "num_groups": 4, "top_groups": 2, "bias_update_rate": 0.001}, {"capacity_factor": 1.25}),
+    ({"gate": "noisy"}, {"capacity_factor": 1.0, "drop_policy": "random", "capacity_group": "microbatch"}),
+    ({"gate": "expert_choice", "allow_lookahead": True, "balance_coef": 0.0}, {}),
+    ({"gate": "soft", "allow_lookahead": True, "balance_coef": 0.0}, {})],
+    ids=["gru", "pre_gate", "deepseek_v3", "noisy_random", "expert_choice", "soft"])
+def test_routers_compile(router, experts):
+  compiled("v5e:2x4", {"data": 2, "fsdp": 2, "expert": 2}, model={"router": router, "experts": experts})

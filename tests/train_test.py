@@ -95,10 +95,38 @@ def test_the_run_directory_and_the_last_words(straight):
     assert part in text, part
   assert len(losses(run_dir)) == 24
   pictures = {path.name for path in (run_dir / "report").iterdir()}
-  assert {"index.html", "loss.png", "load.png", "domains.png", "routing.png", "speed.png"} <= pictures
+  assert {"index.html", "loss.png", "load.png", "domains.png", "routing.png", "information.png", "speed.png"} <= pictures
   assert gin_config.resolve([run_dir / "config.gin"]).run.train.steps == 24  # the operative config is a config
   values = list(losses(run_dir).values())
   assert np.mean(values[-4:]) < values[0] - 0.5
+
+
+def test_routing_is_in_the_terminal_the_records_and_the_report(straight):
+  run_dir, text = straight
+  table = text[text.index("max/mean load  experts in use") :].splitlines()[1:3]
+  assert [line.split()[0] for line in table] == ["0", "1"] and all(len(line.split()) == 6 for line in table)
+  records = {record["kind"]: record for record in metrics.read_jsonl(run_dir / "metrics.jsonl")}
+  train, score = records["train"], records["eval/tiny"]
+  assert {"balance", "router_entropy", "top_k_weight", "router_z", "load_max", "dead_experts", "dropped"} <= train.keys()
+  assert np.shape(score["expert_counts"]) == (2, 8) and np.shape(score["router_entropy"]) == (2,)
+  for key in ("information_choices", "information_probabilities"):
+    values = np.array(score[key])
+    assert values.shape == (2, 2) and (values >= -1e-6).all()
+    np.testing.assert_allclose(values, values.T, atol=1e-5)
+  shown = records["examples/tiny"]["examples"]
+  assert len(shown) == 2 and len(shown[0]) == 8
+  assert any(entry["tokens"] and entry["snippets"] for entry in shown[0])
+  assert "What the experts read" in (run_dir / "report" / "index.html").read_text()
+
+
+def test_collapsed_routing_raises_an_alarm(corpus, straight, tmp_path):
+  """A router of zeros, never updated: every token takes the first two experts. The healthy run has no alarm."""
+  done = finish(command(corpus, tmp_path, **{"InitStd.router": 0.0, "Optimizer.learning_rate": 0.0, "Train.steps": 3,
+                                             "Experts.capacity_factor": 1.0, "Experts.drop_policy": '"random"'}))
+  assert done.stdout.count("ALARM routing has collapsed in layer(s) 0, 1") == 1
+  assert "WARNING: Experts.drop_policy = 'random' lets later tokens decide" in done.stdout
+  assert "sample:" not in done.stdout  # such a model cannot be sampled token by token
+  assert "ALARM" not in straight[1]
 
 
 def test_kill_at_a_random_step_and_resume_is_bit_equal(corpus, straight, tmp_path):

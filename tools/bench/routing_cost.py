@@ -30,7 +30,7 @@ from moe.routing import balance
 
 def make_run(scale: str, cell: str) -> config.Run:
   """`tpu`: OLMoE's widths with two layers; `cpu`: an eighth of them."""
-  d_model, heads, hidden, rows, tokens = {"tpu": (2048, 16, 1024, 16, 4096), "cpu": (256, 4, 128, 8, 256)}[scale]
+  d_model, heads, hidden, rows, tokens = {"tpu": (2048, 16, 1024, 16, 1024), "cpu": (256, 4, 128, 8, 256)}[scale]
   model = config.Model(
       vocab_size=50304 if scale == "tpu" else 512, num_layers=2, d_model=d_model, scan_layers=False,
       compute_dtype="bfloat16" if scale == "tpu" else "float32",

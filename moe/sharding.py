@@ -106,3 +106,8 @@ def check_run(run: config.Run, mesh) -> None:
   must_divide("Experts.d_shared", run.model.experts.d_shared, "tensor", tensor)
   must_divide("Model.d_ff", run.model.d_ff, "tensor", tensor)
   must_divide("Model.vocab_size", run.model.vocab_size, "tensor", tensor)
+  pre_gate = run.model.router.pre_gate
+  if pre_gate.d_model:
+    must_divide("PreGate.d_model", pre_gate.d_model, "fsdp", mesh.shape["fsdp"])
+    must_divide("PreGate.num_heads", pre_gate.num_heads, "tensor", tensor)
+    must_divide("PreGate.d_ff", pre_gate.d_ff, "tensor", tensor)

@@ -53,7 +53,7 @@ the main knobs (any field of moe/config.py can be set; --print_config shows all)
   --gin.Train.micro_batches=1           gradient accumulation
   --gin.Optimizer.learning_rate=3e-3    peak; .schedule='"cosine"' or '"wsd"', .warmup_tokens, .decay_tokens
   --gin.Experts.num_experts=8           .d_expert, .d_shared, .capacity_factor (0: dropless)
-  --gin.Router.gate='"softmax"'         .top_k .balance_scope='"global"' .balance_coef .z_loss_coef .bias_update_rate
+  --gin.Router.top_k=2                  .gate='"softmax"' .balance_scope='"global"' .balance_coef .z_loss_coef .bias_update_rate
   --gin_file=configs/router/rmoe.gin    after the run's file: another router (docs/routing.md)
   --gin.Mesh.expert=4                   .data .fsdp .tensor; their product is the number of devices
   --gin.Checkpoint.every_steps=200      .keep_last .keep_every_steps
@@ -148,7 +148,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
     batch_sharding = sharding.batch_sharding(mesh)
     preemption = _Preemption(arguments.multihost is not None)
     pending, bad_steps = [], 0  # metrics not yet fetched; consecutive steps without a finite loss
-    collapsed: list[int] = []  # layers whose routing had collapsed at the last look
+    watch = analysis.CollapseWatch(run.model.router.top_k)
 
     def save(step: int) -> None:
       with clock.measure("save"):
@@ -203,11 +203,9 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
             recorder.alarm(f"step {at} skipped: loss {record['loss']:.4g}, gradient norm {record['gradient_norm']:.4g}",
                            step=at)
           recorder.metrics("train", at, record)
-        layers = analysis.collapsed_layers(np.sum([r["expert_counts"] for r in fetched], 0), run.model.router.top_k)
-        if layers and layers != collapsed:
-          recorder.alarm(f"routing has collapsed in layer(s) {', '.join(map(str, layers))}: few experts take nearly all "
-                         "tokens; raise Router.balance_coef, or lower the learning rate", step=done, layers=layers)
-        collapsed = layers
+          if run.model.router.gate != "soft" and (layers := watch.push(record["expert_counts"])):
+            recorder.alarm(f"routing has collapsed in layer(s) {', '.join(map(str, layers))}: few experts take nearly all "
+                           "tokens; raise Router.balance_coef, or lower the learning rate", step=at, layers=layers)
         if bad_steps >= _MAX_BAD_STEPS:
           recorder.event("failed", step=at)
           recorder.close()

@@ -58,6 +58,13 @@ def test_effective_experts_and_collapse():
   assert analysis.collapsed_layers(np.array([[5, 5]]), 2) == []  # every expert is always taken
 
 
+def test_a_collapse_is_named_once_until_it_has_passed():
+  even, skewed = np.full((2, 8), 10), np.array([[10] * 8, [40, 40, 0, 0, 0, 0, 0, 0]])
+  watch = analysis.CollapseWatch(top_k=2, steps=3)
+  said = [watch.push(counts) for counts in [even, even, skewed, even, even] + [skewed] * 6 + [even] * 3 + [skewed] * 3]
+  assert [(step, layers) for step, layers in enumerate(said) if layers] == [(7, [1]), (16, [1])]
+
+
 def test_specialisation():
   alike = np.array([[[5, 5, 5, 5]], [[10, 10, 10, 10]]])
   apart = np.array([[[5, 5, 0, 0]], [[0, 0, 10, 10]]])

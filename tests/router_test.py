@@ -277,6 +277,13 @@ def test_pre_gate_depends_on_the_tokens_of_its_document_alone():
       transformer.apply({"params": deeper}, batch.inputs, batch.segment_ids, batch.positions).probabilities[0, 0], base)
 
 
+def test_pre_gate_must_fit_the_mesh():
+  run = small.run(model={"router": PRE_GATE}, mesh={"tensor": 4, "data": 2})
+  run = small.change(run, model={"attention": {"num_kv_heads": 4}})
+  with pytest.raises(config.ConfigError, match="PreGate.num_heads = 2 is not divisible by the mesh's tensor = 4"):
+    sharding.check_run(run, sharding.make_mesh(run.mesh))
+
+
 @pytest.mark.parametrize("mesh", [{"expert": 8}, {"data": 2, "fsdp": 2, "expert": 2}], ids=str)
 def test_shared_plan_on_a_mesh(mesh):
   results = [objective_and_gradients(small.run(model={"router": {**PRE_GATE, "balance_coef": 1.0}}, mesh=m), small.batch())

@@ -119,14 +119,13 @@ def test_routing_is_in_the_terminal_the_records_and_the_report(straight):
   assert "What the experts read" in (run_dir / "report" / "index.html").read_text()
 
 
-def test_collapsed_routing_raises_an_alarm(corpus, straight, tmp_path):
-  """A router of zeros, never updated: every token takes the first two experts. The healthy run has no alarm."""
-  done = finish(command(corpus, tmp_path, **{"InitStd.router": 0.0, "Optimizer.learning_rate": 0.0, "Train.steps": 3,
+def test_collapsed_routing_raises_an_alarm(corpus, tmp_path):
+  """A router of zeros, never updated: every token takes the first two experts."""
+  done = finish(command(corpus, tmp_path, **{"InitStd.router": 0.0, "Optimizer.learning_rate": 0.0, "Train.steps": 12,
                                              "Experts.capacity_factor": 1.0, "Experts.drop_policy": '"random"'}))
   assert done.stdout.count("ALARM routing has collapsed in layer(s) 0, 1") == 1
   assert "WARNING: Experts.drop_policy = 'random' lets later tokens decide" in done.stdout
   assert "sample:" not in done.stdout  # such a model cannot be sampled token by token
-  assert "ALARM" not in straight[1]
 
 
 def test_kill_at_a_random_step_and_resume_is_bit_equal(corpus, straight, tmp_path):

@@ -5,6 +5,8 @@ The functions on jax arrays run inside the evaluation step; those on NumPy array
 
 from __future__ import annotations
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +72,22 @@ def collapsed_layers(counts: np.ndarray, top_k: int) -> list[int]:
   """Layers whose load has fallen three quarters of the way from all E experts to the K that every token must take."""
   limit = top_k + 0.25 * (counts.shape[-1] - top_k)
   return np.flatnonzero(effective_experts(counts) < limit).tolist()
+
+
+class CollapseWatch:
+  """Looks at the load of the last steps and names layers when their routing collapses, once each time."""
+
+  def __init__(self, top_k: int, steps: int = 10):
+    """`steps`: how many are looked at together; single batches may be uneven by chance."""
+    self._top_k, self._recent, self._collapsed = top_k, collections.deque(maxlen=steps), set()
+
+  def push(self, counts: np.ndarray) -> list[int]:
+    """Takes the counts [L, E] of one more step; returns the layers that have collapsed since the last one."""
+    self._recent.append(np.asarray(counts))
+    if len(self._recent) < self._recent.maxlen:
+      return []
+    before, self._collapsed = self._collapsed, set(collapsed_layers(sum(self._recent), self._top_k))
+    return sorted(self._collapsed - before)
 
 
 def specialisation(counts: np.ndarray) -> np.ndarray:

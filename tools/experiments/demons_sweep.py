@@ -166,7 +166,7 @@ def main() -> None:
       axis.plot([1, 2, 4, 16, 64], [results[name][seed][key] for name in sizes], marker="o", color="tab:blue", alpha=0.5)
       axis.plot([1], [results["1, shuffled"][seed][key]], marker="*", markersize=11, color="tab:orange", linestyle="",
                 label="1, shuffled" if seed == 0 else None)
-    axis.set(title=title, xlabel="balance batch size, sequences", xscale="log", ylim=(0, None))
+    axis.set(title=title, xlabel="balance batch size, sequences", xscale="log")
     axis.legend()
   figure.savefig(folder / "demons_sweep.png", dpi=110)
   (folder / "demons_sweep.json").write_text(json.dumps(results, indent=1) + "\n")

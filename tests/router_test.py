@@ -18,7 +18,7 @@ from moe.routing import capacity
 from moe.routing import gates
 from moe.routing import recurrent
 from tests import small
-from tests.step_test import assert_same, difference, objective_and_gradients
+from tests.small import assert_same, difference, objective_and_gradients
 from tools.experiments import gate_errors
 
 GRU = {"recurrent": {"cell": "gru", "width": 6}}

@@ -1,11 +1,14 @@
 """Small runs and batches that the tests share."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 
 from moe import config
+from moe import sharding
+from moe import step as step_lib
 from moe.model import Batch
 
 
@@ -56,3 +59,24 @@ def batch(rows=8, length=16, vocab=64, seed=0, padding=True) -> Batch:
     fields[3, row, :cut], fields[3, row, cut:end] = np.arange(cut), np.arange(end - cut)
     fields[:2, row, end:] = 0
   return Batch(*fields)
+
+
+def objective_and_gradients(run, batch, seed=0):
+  """(balance, nll, gradients) of one step on the run's mesh, with parameters that do not depend on the mesh."""
+  mesh = sharding.make_mesh(run.mesh, jax.devices()[: run.mesh.data * run.mesh.fsdp * run.mesh.expert * run.mesh.tensor])
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+    step = jax.jit(functools.partial(step_lib.loss_and_gradients, run, "cpu"))
+    grads, sums = step(params(step_lib.abstract_state(run, mesh).params), placed, jax.random.key(seed))
+    return np.asarray(sums["balance"]), float(sums["nll"]), jax.device_get(grads), sums
+
+
+def assert_same(a, b, rtol=2e-5):
+  """Gradients equal up to float32 reassociation: relative to the largest entry of each leaf."""
+  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
+    scale = max(np.abs(x).max(), 1e-6)
+    np.testing.assert_allclose(x / scale, y / scale, atol=rtol, err_msg=jax.tree_util.keystr(path))
+
+
+def difference(a, b):
+  return max(np.abs(x - y).max() / np.abs(x).max() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))

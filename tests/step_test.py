@@ -14,29 +14,9 @@ from moe import schedules
 from moe import sharding
 from moe import step as step_lib
 from tests import small
+from tests.small import assert_same, difference, objective_and_gradients
 
 STRONG = {"balance_coef": 1.0, "z_loss_coef": 0.1}  # so that the balance terms dominate what is compared
-
-
-def objective_and_gradients(run, batch, seed=0):
-  """(balance, nll, gradients) of one step on the run's mesh, with parameters that do not depend on the mesh."""
-  mesh = sharding.make_mesh(run.mesh, jax.devices()[: run.mesh.data * run.mesh.fsdp * run.mesh.expert * run.mesh.tensor])
-  with jax.set_mesh(mesh):
-    placed = jax.device_put(batch, sharding.batch_sharding(mesh))
-    step = jax.jit(functools.partial(step_lib.loss_and_gradients, run, "cpu"))
-    grads, sums = step(small.params(step_lib.abstract_state(run, mesh).params), placed, jax.random.key(seed))
-    return np.asarray(sums["balance"]), float(sums["nll"]), jax.device_get(grads), sums
-
-
-def assert_same(a, b, rtol=2e-5):
-  """Gradients equal up to float32 reassociation: relative to the largest entry of each leaf."""
-  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
-    scale = max(np.abs(x).max(), 1e-6)
-    np.testing.assert_allclose(x / scale, y / scale, atol=rtol, err_msg=jax.tree_util.keystr(path))
-
-
-def difference(a, b):
-  return max(np.abs(x - y).max() / np.abs(x).max() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
 MESHES = [{"data": 8}, {"fsdp": 4, "tensor": 2}, {"expert": 8}, {"data": 2, "fsdp": 2, "expert": 2}, {"expert": 4, "tensor": 2},

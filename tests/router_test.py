@@ -34,7 +34,12 @@ def init(model, seed=0):
 # ------------------------------------------------------------------------------------------------------------- gates
 
 
-@pytest.mark.parametrize("gate, dispatch", gate_errors.cases(), ids=lambda v: v.replace(" ", "_"))
+# Dropless is the easier half; where the same gate has a test with drops, it is left to the slow tests.
+CASES = [pytest.param(*case, marks=pytest.mark.slow) if case[1] == "dropless" and case[0] != "soft" else case
+         for case in gate_errors.cases()]
+
+
+@pytest.mark.parametrize("gate, dispatch", CASES, ids=lambda v: v.replace(" ", "_"))
 def test_gate_equals_the_float64_reference(gate, dispatch):
   """With expert parallelism, which is the harder half of the table of `tools.experiments.gate_errors`."""
   forward, gradient, dropped = gate_errors.errors(gate, dispatch, gate_errors.MESHES["8 devices, expert 4"])

@@ -92,6 +92,8 @@ def build_text() -> str:
     deps = dependencies(path)
     if deps:
       lines += ["    deps = [", *(f'        "{dep}",' for dep in deps), "    ],"]
+    if is_test:
+      lines.append('    timeout = "long",')  # Bazel's own 5 minutes are near for the files that compile most
     if name in _SLOW:
       lines.append('    tags = ["slow"],')
     blocks.append("\n".join([f"{'py_test' if is_test else 'py_library'}(", *lines, ")\n"]))

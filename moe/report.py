@@ -171,7 +171,8 @@ def _draw_information(records):
     values = np.mean([r[key] for r in last], 0)
     np.fill_diagonal(values, np.nan)  # a layer knows itself
     image = axis.imshow(values, cmap="viridis", vmin=0)
-    axis.set(title=title, xlabel="layer", ylabel="layer")
+    ticks = range(0, len(values), max(len(values) // 8, 1))
+    axis.set(title=title, xlabel="layer", ylabel="layer", xticks=ticks, yticks=ticks)
     figure.colorbar(image, ax=axis, label="nats", shrink=0.9)
   return figure
 

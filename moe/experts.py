@@ -65,7 +65,7 @@ def make_plan(chosen, num_experts: int, slots_in_row: int = 0, slots_in_batch: i
   if mesh.empty:
     return local(chosen)
   tokens = sharding.spec("batch")
-  return jax.shard_map(local, in_specs=tokens, out_specs=Plan(*[tokens] * 3), check_vma=False)(chosen)
+  return jax.shard_map(local, in_specs=tokens, out_specs=tokens, check_vma=False)(chosen)
 
 
 def apply_experts(x, plan: Plan, gates, weights: Weights, *, activation: str, backend: str) -> jax.Array:
@@ -85,7 +85,7 @@ def apply_experts(x, plan: Plan, gates, weights: Weights, *, activation: str, ba
   def local(x, gates, plan, weights):
     return _local_experts(x, gates, plan, weights, activation, backend)
 
-  return _on_mesh(local, x, gates, plan, weights, plan_specs=Plan(*[sharding.spec("batch")] * 3))
+  return _on_mesh(local, x, gates, plan, weights)
 
 
 def apply_soft_experts(x, choice: SoftChoice, weights: Weights, *, activation: str) -> jax.Array:
@@ -100,10 +100,10 @@ def apply_soft_experts(x, choice: SoftChoice, weights: Weights, *, activation: s
   def owned(choice, first, count):
     return SoftChoice(*(jax.lax.dynamic_slice_in_dim(a, first, count, axis=2) for a in choice))
 
-  return _on_mesh(local, x, choice, None, weights, plan_specs=None, owned=owned)
+  return _on_mesh(local, x, choice, None, weights, owned)
 
 
-def _on_mesh(local, x, gates, plan, weights: Weights, plan_specs, owned=None):
+def _on_mesh(local, x, gates, plan: Plan | None, weights: Weights, owned=None):
   """Runs `local(x, gates, plan, weights)` for each device's experts, with the collectives around it.
 
   `gates` is any tree of [B, S, ...] arrays; `owned(gates, first, count)` cuts out the part of a device's experts.
@@ -131,7 +131,7 @@ def _on_mesh(local, x, gates, plan, weights: Weights, plan_specs, owned=None):
   into = sharding.spec("experts", "embed", "hidden")
   specs = Weights(into, None if weights.up is None else into, sharding.spec("experts", "hidden", "embed"))
   tokens = sharding.spec("batch")
-  return jax.shard_map(device, in_specs=(tokens, tokens, plan_specs, specs), out_specs=tokens,
+  return jax.shard_map(device, in_specs=(tokens, tokens, tokens, specs), out_specs=tokens,
                        check_vma=False)(x, gates, plan, weights)
 
 

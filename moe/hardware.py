@@ -75,6 +75,15 @@ def use_huge_pages() -> None:
   os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
+def use_compile_cache() -> None:
+  """Keeps compiled programs in $MOE_COMPILE_CACHE, else in xla/ of the cache folder ($MOE_CACHE, else ~/.cache/moe)."""
+  import jax
+
+  folder = os.path.join(os.environ.get("MOE_CACHE") or os.path.expanduser("~/.cache/moe"), "xla")
+  jax.config.update("jax_compilation_cache_dir", os.environ.get("MOE_COMPILE_CACHE", folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
 def process_start() -> float:
   """When this process was started, in seconds since the epoch; imports count for whoever waits."""
   try:

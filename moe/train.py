@@ -117,8 +117,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
   recorder.terminal.say(_summary(run, mesh, f"run {run_dir}"))
   for note in resolved.notes:
     recorder.terminal.say(f"note: {note}")
-  jax.config.update("jax_compilation_cache_dir", os.environ.get("MOE_COMPILE_CACHE", _default_cache()))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+  hardware.use_compile_cache()
 
   peak, peak_source = hardware.peak_flops(list(mesh.devices.flat))  # before set_mesh: it uses the devices one by one
 
@@ -309,10 +308,6 @@ def _write_description(run_dir: epath.Path, run: config.Run, resolved: gin_confi
   environment = {"python": sys.version, "jax": jax.__version__, "devices": [str(d) for d in jax.devices()],
                  "hosts": jax.process_count(), "commit": git.stdout.strip() or None}
   (run_dir / "env.json").write_text(json.dumps(environment, indent=1) + "\n")
-
-
-def _default_cache() -> str:
-  return os.path.join(os.environ.get("MOE_CACHE") or os.path.expanduser("~/.cache/moe"), "xla")
 
 
 def _summary(run: config.Run, mesh, title: str) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 import time
 
@@ -70,7 +69,7 @@ def compare(name: str, description: str, variants: dict[str, list[str]], notes: 
   base = [f"--gin.Train.steps={arguments.steps}", "--gin.Optimizer.decay_tokens=200_000"]
   resolved = gin_config.resolve([gin_config.CONFIGS / "run/quickstart.gin"], base + variants[next(iter(variants))])
   jax.config.update("jax_num_cpu_devices", hardware.cpu_devices(resolved.run.mesh))
-  jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/moe/xla"))
+  hardware.use_compile_cache()
   results: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
   for seed in range(arguments.seeds):
     for variant, flags in variants.items():

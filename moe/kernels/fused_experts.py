@@ -29,18 +29,21 @@ from jax.experimental.pallas import tpu as pltpu
 from moe.kernels import visits as visits_lib
 from moe.kernels.visits import Tiles
 
-_CHUNK = 256  # rows of one matmul; measured on the static twins of v5e and v5p
-_COLUMNS = 512  # columns of one, to keep the code small
+# By the static twins of v5e and v5p: 256 rows feed the matrix unit at 0.94 of its rate where a matmul's result is used at
+# once; where it is added to what stands in memory, only 1024 rows do (0.97; 512 give 0.84, 256 give 0.73).
+_CHUNK, _GRADIENT_CHUNK = 256, 1024
+_COLUMNS = 512  # of one matmul, to keep the code small
 
 
 class Blocks(NamedTuple):
   """What each kernel keeps in vector memory at a time; every choice gives the same result up to rounding."""
 
-  tile_rows: int  # rows of a visit
+  tile_rows: int  # rows of a visit: 32, 64 or a multiple of 128
   hidden: int  # columns of F of hidden and hidden_gradient
   contract: int  # columns of F of combine
   width: int  # columns of D whose sum combine keeps
   gradient: int  # columns of F of weight_gradient
+  gradient_buffers: int = 2  # of its result; 1 saves memory, and the next expert waits for the write
   vmem_bytes: int = 100 << 20  # limit handed to the compiler
 
 
@@ -60,14 +63,17 @@ def supports(tokens: int, width: int, hidden: int, dtype) -> str:
 
 def _call(body, visits, grid, in_specs, out_specs, out_shape, scratch, operands, blocks: Blocks, name, cost, interpret):
   """A `pallas_call` whose bodies and index maps first receive a visits object."""
+  if isinstance(visits, visits_lib.Counted):
+    visits.count(name, grid, [*in_specs, *out_specs], [a.dtype for a in (*operands, *out_shape)], scratch)
+    return out_shape
   if isinstance(visits, visits_lib.Even):
-    spec_of = lambda s: s if not isinstance(s, _Block) else s.spec(lambda index: lambda *at: index(visits, *at))
+    spec_of = lambda s: s.spec(lambda index: lambda *at: index(visits, *at))
     scalars, wrapped = (), functools.partial(body, visits)
   else:
     n = visits_lib.Prefetched.num_scalars
-    spec_of = lambda s: s if not isinstance(s, _Block) else s.spec(
+    spec_of = lambda s: s.spec(
         lambda index: lambda *at: index(visits_lib.Prefetched(*at[-n:]), *at[:-n]))
-    scalars = (visits.group, visits.fetch, visits.rows)
+    scalars = (visits.group, visits.source, visits.rows)
     wrapped = lambda *refs: body(visits_lib.Prefetched(*refs[:n]), *refs[n:])
   grid_spec = pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(scalars), grid=grid, in_specs=[spec_of(s) for s in in_specs],
@@ -84,20 +90,20 @@ class _Block(NamedTuple):
   shape: tuple[int, ...]
   index: object
   memory: object = pltpu.VMEM
-  once: bool = False  # one buffer: the block never changes
+  buffers: int = 2
 
   def spec(self, bind):
     return pl.BlockSpec(self.shape, bind(self.index), memory_space=self.memory,
-                        pipeline_mode=pl.Buffered(1) if self.once else None)
+                        pipeline_mode=None if self.buffers == 2 else pl.Buffered(self.buffers))
 
 
 def _resident(array):
-  return _Block(array.shape, lambda visits, *at: (0,) * array.ndim, once=True)
+  return _Block(array.shape, lambda visits, *at: (0,) * array.ndim, buffers=1)
 
 
 def _scalars(tile_rows: int, visit):
   """Per-row scalars of the tile that visit(*at) names."""
-  return _Block((1, 1, tile_rows), lambda visits, *at: (visit(*at), 0, 0), pltpu.SMEM)
+  return _Block((1, 1, tile_rows), lambda visits, *at: (visits.tile(visit(*at)), 0, 0), pltpu.SMEM)
 
 
 def _columns(total: int, body) -> None:
@@ -112,6 +118,14 @@ def _columns(total: int, body) -> None:
     body(0, _COLUMNS)
   if total % _COLUMNS:
     body(total // _COLUMNS * _COLUMNS, total % _COLUMNS)
+
+
+def _chunk(tile_rows: int, most: int = _CHUNK) -> int:
+  """Rows of the largest matmul: the granule, doubled while it fits."""
+  size = visits_lib.GRANULE
+  while 2 * size <= min(tile_rows, most):
+    size *= 2
+  return size
 
 
 def _dot(a, b, contract_a: int = 1, contract_b: int = 0):
@@ -162,16 +176,16 @@ def hidden(visits, x, token, weights, *, activation: str, blocks: Blocks, residu
 
       _columns(block, some)
 
-    visits_lib.for_row_chunks(rows, min(_CHUNK, tile), chunk)
+    visits_lib.for_row_chunks(rows, _chunk(tile), chunk)
 
   outputs = 1 + parts * residuals
-  row_block = _Block((tile, block), lambda visits, v, j: (v, j))
+  row_block = _Block((tile, block), lambda visits, v, j: (visits.tile(v), visits.column(v, j, columns // block)))
   flops = 2 * num * tile * width * columns * parts
   moved = x.size * 4 + sum(w.size for w in weights) * 2 + outputs * num * tile * columns * 2
   return _call(
       body, visits, (num, columns // block),
       [_scalars(tile, lambda v, j: v), _resident(x)]
-      + [_Block((1, width, block), lambda visits, v, j: (visits.fetch(v), 0, j))] * parts,
+      + [_Block((1, width, block), lambda visits, v, j: (visits.expert(v), 0, visits.column(v, j, columns // block)))] * parts,
       [row_block] * outputs, [jax.ShapeDtypeStruct((num * tile, columns), jnp.bfloat16)] * outputs,
       visits_lib.gather_scratch(tile, width), (token, x, *weights), blocks, "experts_hidden",
       pl.CostEstimate(flops=flops, transcendentals=num * tile * columns, bytes_accessed=moved), interpret)
@@ -250,23 +264,24 @@ def combine(visits, pairs, token, scale, num_tokens: int, *, transposed: bool, b
 
     @pl.when(visit < num)
     def _():
-      visits_lib.for_row_chunks(visits.rows(jnp.minimum(visit, num - 1)), min(_CHUNK, tile), chunk)
+      visits_lib.for_row_chunks(visits.rows(jnp.minimum(visit, num - 1)), _chunk(tile), chunk)
 
     @pl.when((visit >= num) & (step == steps - 1))
     def _():
       first = pl.multiple_of((visit - num) * write, write)
       for c in range(lanes):
-        out[:, c * 128:(c + 1) * 128] = total[pl.ds(first, write), c, :].astype(out.dtype)
+        partial[pl.ds(0, write), c * 128:(c + 1) * 128] = total[pl.ds(first, write), c, :]
+      out[...] = partial[pl.ds(0, write), :].astype(out.dtype)
 
   def last(v):  # the steps that write need nothing new
-    return jnp.minimum(v, num - 1)
+    return visits_lib.where(v < num, v, num - 1)
 
-  def column(v, f):  # of the contraction
-    return jnp.where(v < num, f, steps - 1)
+  def column(visits, v, f):  # of the contraction
+    return visits_lib.where(v < num, visits.column(last(v), f, steps), steps - 1)
 
   def rhs_index(visits, d, v, f):
-    expert = visits.fetch(last(v))
-    return (expert, d, column(v, f)) if transposed else (expert, column(v, f), d)
+    expert, f = visits.expert(last(v)), column(visits, v, f)
+    return (expert, d, f) if transposed else (expert, f, d)
 
   rhs_block = (1, block, contract) if transposed else (1, contract, block)
   scalars = _scalars(tile, lambda d, v, f: last(v))
@@ -275,13 +290,13 @@ def combine(visits, pairs, token, scale, num_tokens: int, *, transposed: bool, b
   return _call(
       body, visits, (width // block, num + num_tokens // write, steps),
       [scalars] * (1 if scale is None else 2)
-      + [_Block((tile, contract), lambda visits, d, v, f: (last(v), column(v, f)))] * len(pairs)
+      + [_Block((tile, contract), lambda visits, d, v, f: (visits.tile(last(v)), column(visits, v, f)))] * len(pairs)
       + [_Block(rhs_block, rhs_index)] * len(pairs),
-      [_Block((write, block), lambda visits, d, v, f: (jnp.maximum(v - num, 0), d))],
+      [_Block((write, block), lambda visits, d, v, f: (visits_lib.where(v < num, 0, v - num), d))],
       [jax.ShapeDtypeStruct((num_tokens, width), jnp.bfloat16)],
       [pltpu.VMEM((num_tokens + 1, lanes, 128), jnp.float32),
-       pltpu.VMEM((tile, block) if steps > 1 else (8, 128), jnp.float32),
-       pltpu.VMEM((min(_CHUNK, tile) * lanes, 128), jnp.float32)],
+       pltpu.VMEM((max(tile, write) if steps > 1 else write, block), jnp.float32),
+       pltpu.VMEM((_chunk(tile) * lanes, 128), jnp.float32)],
       (token, *([] if scale is None else [scale]), *(p[0] for p in pairs), *(p[1] for p in pairs)), blocks, "experts_combine",
       pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved), interpret)[0]
 
@@ -301,7 +316,7 @@ def hidden_gradient(visits, grad, token, scale, down, products, *, activation: s
   """
   columns, width = down.shape[1:]
   num, tile, block = token.shape[0], blocks.tile_rows, blocks.hidden
-  parts, most, piece = len(products), min(_CHUNK, tile), min(128, tile)
+  parts, most, piece = len(products), _chunk(tile), min(128, tile)
 
   def body(visits, token, scale, grad, down, *refs):
     values, grads, scaled, out_scale = refs[:parts], refs[parts:2 * parts], refs[2 * parts], refs[2 * parts + 1]
@@ -343,20 +358,20 @@ def hidden_gradient(visits, grad, token, scale, down, products, *, activation: s
 
     visits_lib.for_row_chunks(rows, most, chunk)
 
-    @pl.when(step == columns // block - 1)
+    @pl.when((step == columns // block - 1) & (rows > 0))  # an empty visit still holds the block of the one before
     def _():
       for first in range(0, tile, piece):
         at = pl.ds(first, piece)
         out_scale[0, :, at] = jnp.sum(sums[at, :].T, 0, keepdims=True)
 
-  row_block = _Block((tile, block), lambda visits, v, j: (v, j))
-  scale_block = _Block((1, 1, tile), lambda visits, v, j: (v, 0, 0))
+  row_block = _Block((tile, block), lambda visits, v, j: (visits.tile(v), visits.column(v, j, columns // block)))
+  scale_block = _Block((1, 1, tile), lambda visits, v, j: (visits.tile(v), 0, 0))
   rows_shape = jax.ShapeDtypeStruct((num * tile, columns), jnp.bfloat16)
   moved = grad.size * 4 + down.size * 2 + (2 * parts + 1) * num * tile * columns * 2
   out = _call(
       body, visits, (num, columns // block),
       [_scalars(tile, lambda v, j: v), scale_block, _resident(grad),
-       _Block((1, block, width), lambda visits, v, j: (visits.fetch(v), j, 0))] + [row_block] * parts,
+       _Block((1, block, width), lambda visits, v, j: (visits.expert(v), visits.column(v, j, columns // block), 0))] + [row_block] * parts,
       [row_block] * (parts + 1) + [scale_block],
       [rows_shape] * (parts + 1) + [jax.ShapeDtypeStruct(scale.shape, jnp.float32)],
       visits_lib.gather_scratch(tile, width) + [pltpu.VMEM((tile, 128), jnp.float32)] * 2,
@@ -394,7 +409,7 @@ def weight_gradient(visits, x, token, rows, num_groups: int, *, transposed: bool
       tokens, part = visits_lib.read_rows(gathered, offset, size), rows[pl.ds(offset, size), :]
       total[...] += _dot(part, tokens, 0, 0) if transposed else _dot(tokens, part, 0, 0)
 
-    visits_lib.for_row_chunks(visits.rows(visit), min(_CHUNK, tile), chunk)
+    visits_lib.for_row_chunks(visits.rows(visit), _chunk(tile, _GRADIENT_CHUNK), chunk)
 
     @pl.when(visits.is_last(visit))
     def _():
@@ -410,8 +425,8 @@ def weight_gradient(visits, x, token, rows, num_groups: int, *, transposed: bool
   moved = (x.size * 2 + num * tile * columns + num_groups * width * columns) * 2
   return _call(
       body, visits, (columns // block, num),
-      [_scalars(tile, lambda j, v: v), _resident(x), _Block((tile, block), lambda visits, j, v: (v, j))],
-      [_Block(out_block, out_index)], [jax.ShapeDtypeStruct(shape, jnp.bfloat16)],
+      [_scalars(tile, lambda j, v: v), _resident(x), _Block((tile, block), lambda visits, j, v: (visits.tile(v), j))],
+      [_Block(out_block, out_index, buffers=blocks.gradient_buffers)], [jax.ShapeDtypeStruct(shape, jnp.bfloat16)],
       visits_lib.gather_scratch(tile, width) + [pltpu.VMEM(out_block[1:], jnp.float32)],
       (token, x, rows), blocks, "experts_weight_gradient",
       pl.CostEstimate(flops=2 * num * tile * width * columns, transcendentals=0, bytes_accessed=moved), interpret)[0]

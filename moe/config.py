@@ -229,14 +229,14 @@ class Experts(_Checked):
   capacity_factor: float = 0.0  # 0: dropless; else C = ceil(factor x K x T / E) slots an expert and group of T tokens
   capacity_group: str = "sequence"  # whose tokens share the slots: a row, or the whole microbatch
   drop_policy: str = "position"  # who keeps a slot: earlier tokens | higher probability | random (both look ahead)
-  backend: str = "auto"  # grouped matmul: loop | ragged_dot | dense; auto: loop on CPU, else ragged_dot
+  backend: str = "auto"  # of the matmuls: loop | ragged_dot | dense | fused | tokamax; auto: kernels/plan.py chooses
 
   def check(self):
     _at_least(self, 1, "num_experts", "d_expert")
     _at_least(self, 0, "d_shared", "capacity_factor")
     _one_of(self, "capacity_group", ("sequence", "microbatch"))
     _one_of(self, "drop_policy", ("position", "probability", "random"))
-    _one_of(self, "backend", ("auto", "loop", "ragged_dot", "dense"))
+    _one_of(self, "backend", ("auto", "loop", "ragged_dot", "dense", "fused", "tokamax"))
     if self.shared_gate and not self.d_shared:
       raise ConfigError("Experts.shared_gate needs shared experts; set d_shared > 0")
 

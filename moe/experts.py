@@ -15,6 +15,9 @@ import jax.numpy as jnp
 
 from moe import layers
 from moe import sharding
+from moe.kernels import fused_experts
+from moe.kernels import plan as kernel_plan
+from moe.kernels import visits
 from moe.kernels.grouped_matmul import grouped_matmul
 from moe.routing.gates import SoftChoice
 
@@ -77,7 +80,7 @@ def apply_experts(x, plan: Plan, gates, weights: Weights, *, activation: str, ba
     gates: [B, S, K] float32.
     weights: expert matrices in the compute dtype, [E over expert, D over fsdp, F over tensor].
     activation: swiglu | gelu.
-    backend: grouped matmul backend.
+    backend: a name of `config.Experts.backend`; resolved by kernels/plan.py for the devices of the mesh.
 
   Returns:
     [B, S, D] in x's dtype; 0 where a token has no selection.
@@ -139,10 +142,21 @@ def _local_experts(x, gates, plan: Plan, weights: Weights, activation: str, back
   """The experts of one device on the tokens it sees."""
   batch, length, width = x.shape
   top_k = gates.shape[-1]
+  device, mesh = kernel_plan.current_device_kind(), jax.sharding.get_abstract_mesh()
+  owned, _, hidden = weights.gate.shape
+  total = owned * (1 if mesh.empty else mesh.shape["expert"])
+  shape = kernel_plan.Shape(batch * length, top_k, owned, total, width, hidden, weights.up is not None, x.dtype.name)
+  choice = kernel_plan.choose(backend, shape, device)
+  if choice.backend == "fused":
+    tiles = visits.make(plan.order, plan.inverse, plan.sizes, top_k, choice.blocks.tile_rows)
+    out = fused_experts.fused_experts(x.reshape(-1, width), gates.reshape(-1, top_k), tiles, weights, activation=activation,
+                                      blocks=choice.blocks, interpret=device == "cpu")
+    return out.reshape(x.shape)
   rows = _to_experts(x.reshape(-1, width), plan, top_k)
-  gate = grouped_matmul(rows, weights.gate, plan.sizes, backend=backend)
-  up = None if weights.up is None else grouped_matmul(rows, weights.up, plan.sizes, backend=backend)
-  out = grouped_matmul(layers.activate(gate, up, activation), weights.down, plan.sizes, backend=backend)
+  gate = grouped_matmul(rows, weights.gate, plan.sizes, backend=choice.backend)
+  up = None if weights.up is None else grouped_matmul(rows, weights.up, plan.sizes, backend=choice.backend)
+  out = grouped_matmul(layers.activate(gate, up, activation), weights.down, plan.sizes,
+                       backend=choice.backend)
   parts = _from_experts(out, plan, top_k)  # [T, K, D]
   own = (plan.inverse < jnp.sum(plan.sizes)).reshape(-1, top_k)
   scale = jnp.where(own, gates.reshape(-1, top_k), 0.0)

@@ -71,7 +71,7 @@ def sample(model: config.Model, params, prompt_ids: np.ndarray, count: int, *, v
     raise config.ConfigError(f"{model.lookahead} lets earlier tokens depend on later ones; such a model cannot be sampled "
                              "from token by token")
   device = jax.local_devices()[0]
-  transformer = model_lib.build(model, device.platform)
+  transformer = model_lib.build(model)
   params = jax.device_put(jax.device_get(params), device)
   prompt = jnp.asarray(prompt_ids, jnp.int32)[None]
   start = prompt.shape[1]

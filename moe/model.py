@@ -284,8 +284,6 @@ def decide(logits, model: config.Model, mask, segment_ids, bias=None, key=None, 
 class MoEBlock(_Weights):
   """Routed experts, and shared experts beside them."""
 
-  backend: str  # grouped matmul backend, resolved
-
   @nn.compact
   def __call__(self, x, context: _Context, state=None):
     """x [B, S, D] -> ([B, S, D], this layer's Decision or None with a pre-gate, the recurrent router's state)."""
@@ -304,7 +302,7 @@ class MoEBlock(_Weights):
       out = experts_lib.apply_soft_experts(x, decision.choice, weights, activation=m.activation)
     else:
       out = experts_lib.apply_experts(x, decision.plan, decision.choice.weights, weights, activation=m.activation,
-                                      backend=self.backend)
+                                      backend=e.backend)
     out = checkpoint_name(out, "experts")
     if e.d_shared:
       shared = DenseBlock(m, e.d_shared, name="shared")(x)
@@ -322,7 +320,6 @@ def _routed(decision: Decision):
 class Layer(_Weights):
   """Pre-norm residual layer: attention, then a dense or a mixture-of-experts block."""
 
-  backend: str
   deterministic: bool
   has_experts: bool = True
 
@@ -336,7 +333,7 @@ class Layer(_Weights):
     normal = self.norm("block_norm", x)
     routed = None
     if self.has_experts:
-      out, decision, state = MoEBlock(m, self.backend, name="moe")(normal, context, state)
+      out, decision, state = MoEBlock(m, name="moe")(normal, context, state)
       routed = None if decision is None else _routed(decision)
     else:
       out = DenseBlock(m, m.d_ff, name="dense")(normal)
@@ -349,7 +346,6 @@ class Layer(_Weights):
 class LayerGroup(_Weights):
   """The unit that is scanned: moe_every - 1 dense layers, then one with experts."""
 
-  backend: str
   deterministic: bool
 
   @nn.compact
@@ -357,7 +353,7 @@ class LayerGroup(_Weights):
     caches, count = [], self.model.moe_every
     for i in range(count):
       last = i == count - 1
-      layer = Layer(self.model, self.backend, self.deterministic, last, name="experts" if last else f"dense_{i}")
+      layer = Layer(self.model, self.deterministic, last, name="experts" if last else f"dense_{i}")
       carry, (routed, new) = layer(carry, context, None if cache is None else cache[i])
       caches.append(new)
     return carry, (routed, None if cache is None else tuple(caches))
@@ -377,7 +373,7 @@ class PreGate(_Weights):
         rope=layers.rope_tables(positions, a.rope, a.rotary_dim),
         bias=layers.attention_bias(positions, k_positions, context.segment_ids, k_segments, 0))
     x = sharding.constrain(table.astype(self.dtype)[inputs], "batch", "sequence", "width")
-    block = Layer(model, "", deterministic=True, has_experts=False, name="layer")
+    block = Layer(model, deterministic=True, has_experts=False, name="layer")
     (x, _), (_, cache) = block((x, None), context, cache)
     decision, _ = TokenRouter(model, name="router")(self.norm("norm", x), context, None)
     return decision, cache
@@ -401,7 +397,6 @@ _REMAT = {
 class Transformer(_Weights):
   """Decoder-only transformer; `__call__` gives the final hidden states, `logits` turns them into scores."""
 
-  backend: str
   deterministic: bool = True  # no dropout
 
   def setup(self):
@@ -428,7 +423,7 @@ class Transformer(_Weights):
                     split_rngs={"params": True, "dropout": True, "routing": True},
                     unroll=1 if self.model.scan_layers else length,
                     metadata_params={nn.PARTITION_NAME: "layer"})
-    return stack(self.model, backend=self.backend, deterministic=self.deterministic, **options)
+    return stack(self.model, deterministic=self.deterministic, **options)
 
   def __call__(self, inputs, segment_ids, positions, cache=None, cache_index=None, rows=None) -> Output:
     """Runs the model on tokens [B, S]; with a cache, on tokens that follow those in it.
@@ -488,16 +483,9 @@ def empty_cache(model: config.Model, batch: int, length: int):
   return dense, groups, layer(pre_gate_model(model)) if model.router.pre_gate.d_model else None
 
 
-def resolve_backend(model: config.Model, platform: str) -> str:
-  """The grouped matmul backend for `auto` on a platform (cpu, gpu, tpu)."""
-  if model.experts.backend != "auto":
-    return model.experts.backend
-  return "loop" if platform == "cpu" else "ragged_dot"
-
-
 @functools.cache
-def build(model: config.Model, platform: str, deterministic: bool = True) -> Transformer:
-  return Transformer(model, backend=resolve_backend(model, platform), deterministic=deterministic)
+def build(model: config.Model, deterministic: bool = True) -> Transformer:
+  return Transformer(model, deterministic=deterministic)
 
 
 def init(transformer: Transformer, key: jax.Array):

@@ -54,8 +54,8 @@ class TrainState:
 # ---------------------------------------------------------------------------------------------------------- state
 
 
-def _initial(run: config.Run, platform: str, key: jax.Array) -> TrainState:
-  params = model_lib.init(model_lib.build(run.model, platform), key)
+def _initial(run: config.Run, key: jax.Array) -> TrainState:
+  params = model_lib.init(model_lib.build(run.model), key)
   zero = jnp.zeros((), jnp.int32)
   window = jnp.zeros((GUARD_STEPS,), jnp.float32)
   return TrainState(zero, params, optimizer_lib.make(run).init(params), Guard(window, window, zero, zero))
@@ -64,7 +64,7 @@ def _initial(run: config.Run, platform: str, key: jax.Array) -> TrainState:
 def abstract_state(run: config.Run, mesh) -> TrainState:
   """The state as ShapeDtypeStructs with their shardings; touches no device memory."""
   # The key is made inside: outside it would be computed on the mesh's devices, which may be a topology's.
-  boxed = jax.eval_shape(lambda: _initial(run, _platform(mesh), jax.random.key(0)))
+  boxed = jax.eval_shape(lambda: _initial(run, jax.random.key(0)))
   shapes, specs = model_lib.unbox(boxed)
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)), shapes, specs)
 
@@ -74,13 +74,9 @@ def init_state(run: config.Run, mesh) -> TrainState:
   shardings = jax.tree.map(lambda x: x.sharding, abstract_state(run, mesh))
 
   def initial(key):
-    return model_lib.unbox(_initial(run, _platform(mesh), key))[0]
+    return model_lib.unbox(_initial(run, key))[0]
 
   return jax.jit(initial, out_shardings=shardings)(jax.random.key(run.train.seed))
-
-
-def _platform(mesh) -> str:
-  return mesh.devices.flat[0].platform
 
 
 # ----------------------------------------------------------------------------------------------------------- loss
@@ -93,9 +89,9 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax
   return log_z - jnp.sum(jnp.where(one_hot, logits, 0.0), -1), log_z
 
 
-def _forward(run: config.Run, platform: str, params, batch: Batch, rows, key, routing_key):
+def _forward(run: config.Run, params, batch: Batch, rows, key, routing_key):
   """(sum of losses, sum of logit z-losses, Stats) of one micro-batch, which has these rows of the step's batch."""
-  transformer = model_lib.build(run.model, platform, deterministic=not run.model.dropout)
+  transformer = model_lib.build(run.model, deterministic=not run.model.dropout)
   rngs = {"dropout": key} if run.model.dropout else {}
   if run.model.draws_routing_noise:
     rngs["routing"] = routing_key
@@ -139,7 +135,7 @@ def split_micro_batches(batch: Batch, count: int) -> Batch:
   return jax.tree.map(split, batch)
 
 
-def loss_and_gradients(run: config.Run, platform: str, params, batch: Batch, key):
+def loss_and_gradients(run: config.Run, params, batch: Batch, key):
   """Objective and gradient of one optimizer step.
 
   Returns:
@@ -156,7 +152,7 @@ def loss_and_gradients(run: config.Run, platform: str, params, batch: Batch, key
     # The exact f needs the counts of all micro-batches before the first backward pass: a router's input depends on
     # the layers below, so this is a whole forward pass, with the same keys.
     def counts_of(total, part):
-      stats = _forward(run, platform, params, *part, routing_key)[2]
+      stats = _forward(run, params, *part, routing_key)[2]
       return jax.tree.map(jnp.add, total, (stats.counts, stats.tokens)), None
 
     zero = _zero_stats(run.model)
@@ -164,7 +160,7 @@ def loss_and_gradients(run: config.Run, platform: str, params, batch: Batch, key
     fraction = balance.fractions(counts, routed, router.top_k)
 
   def objective(params, part, before):
-    nll, logit_z, stats = _forward(run, platform, params, *part, routing_key)
+    nll, logit_z, stats = _forward(run, params, *part, routing_key)
     balance_sums = _balance_sums(run, stats, before, fraction)
     value = (nll + run.train.logit_z_loss_coef * logit_z
              + router.balance_coef * (balance_sums + router.micro_mix * stats.local_balance_sum).mean()
@@ -189,14 +185,14 @@ def loss_and_gradients(run: config.Run, platform: str, params, batch: Batch, key
 # ----------------------------------------------------------------------------------------------------------- step
 
 
-def train_step(run: config.Run, platform: str, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+def train_step(run: config.Run, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
   """Consumes one batch [B, S]; returns the next state and the step's metrics (see `_metrics`).
 
   A step whose loss or gradient is not finite, or far above its recent mean, leaves parameters and optimizer as they
   were; the batch counts as consumed and `guard.skipped` as one more.
   """
   key = jax.random.fold_in(jax.random.key(run.train.seed), state.step)
-  grads, sums = loss_and_gradients(run, platform, state.params, batch, key)
+  grads, sums = loss_and_gradients(run, state.params, batch, key)
   norm = optax.global_norm(grads)
   tokens = jnp.sum(batch.segment_ids > 0)
   loss = sums["nll"] / jnp.maximum(tokens, 1)
@@ -255,13 +251,13 @@ def _metrics(model: config.Model, sums: dict, tokens) -> dict:
   }
 
 
-def eval_step(run: config.Run, platform: str, params, batch: Batch, scored) -> dict:
+def eval_step(run: config.Run, params, batch: Batch, scored) -> dict:
   """One evaluation batch; `scored` [B, S] bool says which targets count (windows overlap).
 
   Returns:
     (sums over the batch, for the score and of the routing; [L, B, S, K] the experts chosen).
   """
-  transformer = model_lib.build(run.model, platform)
+  transformer = model_lib.build(run.model)
   out = transformer.apply({"params": params}, batch.inputs, batch.segment_ids, batch.positions)
   logits = transformer.apply({"params": params}, out.hidden, method="logits")
   nll, _ = cross_entropy(logits, batch.targets)
@@ -281,14 +277,14 @@ def jit_train_step(run: config.Run, mesh):
   """The jitted step (state is donated), for calls under `jax.set_mesh(mesh)`."""
   shardings = jax.tree.map(lambda x: x.sharding, abstract_state(run, mesh))
   batch = Batch(*[sharding.batch_sharding(mesh)] * 4)
-  return jax.jit(functools.partial(train_step, run, _platform(mesh)), donate_argnums=0,
+  return jax.jit(functools.partial(train_step, run), donate_argnums=0,
                  in_shardings=(shardings, batch), out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
 
 
 def jit_eval_step(run: config.Run, mesh):
   params = jax.tree.map(lambda x: x.sharding, abstract_state(run, mesh).params)
   rows = sharding.batch_sharding(mesh)
-  return jax.jit(functools.partial(eval_step, run, _platform(mesh)), in_shardings=(params, Batch(*[rows] * 4), rows),
+  return jax.jit(functools.partial(eval_step, run), in_shardings=(params, Batch(*[rows] * 4), rows),
                  out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 

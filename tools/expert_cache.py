@@ -129,7 +129,7 @@ def record(path: str, layer: int, tokens: int) -> tuple[np.ndarray, int]:
     raise ConfigError(f"--layer={layer} is not below the {model.num_routers} layers that route")
   if model.lookahead:
     raise ConfigError(f"{model.lookahead}: a served token has no routing of its own to record")
-  transformer = model_lib.build(model, jax.default_backend())
+  transformer = model_lib.build(model)
   run = jax.jit(lambda p, *batch: transformer.apply({"params": p}, *batch).experts[layer, ..., 0])
   streams = []
   for domain in trained.run.data.domains:

@@ -47,14 +47,12 @@ class Blocks(NamedTuple):
   vmem_bytes: int = 100 << 20  # limit handed to the compiler
 
 
-def supports(tokens: int, width: int, hidden: int, dtype) -> str:
+def supports(width: int, hidden: int, dtype) -> str:
   """'' where the kernels apply, else the reason."""
   if dtype != jnp.bfloat16:
     return f"fused experts compute in bfloat16, not {jnp.dtype(dtype).name}"
   if width % 256 or hidden % 128:
     return f"fused experts want d_model in multiples of 256 and d_expert of 128; got {width} and {hidden}"
-  if tokens % 128:
-    return f"fused experts want a multiple of 128 tokens a device, got {tokens}"
   return ""
 
 
@@ -452,10 +450,14 @@ def fused_experts(x, gates, tiles: Tiles, weights, *, activation: str, blocks: B
   Raises:
     ValueError: shapes or dtypes that the kernels do not take (`supports` gives the reason beforehand).
   """
-  reason = supports(*x.shape, weights[0].shape[2], x.dtype)
+  reason = supports(x.shape[1], weights[0].shape[2], x.dtype)
   if reason:
     raise ValueError(reason)
-  return _fused(activation, blocks, interpret, x, gates, tiles, tuple(weights))
+  tokens = x.shape[0]
+  if not tokens:
+    return x
+  x = jnp.pad(x, ((0, -tokens % 128), (0, 0)))  # row `tokens`, which stands for no row, stays zero
+  return _fused(activation, blocks, interpret, x, gates, tiles, tuple(weights))[:tokens]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -4,17 +4,22 @@
 
 Backends, chosen by name:
   dense       every row times every matrix, then the right one is kept; the reference, E times the work
-  ragged_dot  `jax.lax.ragged_dot`, a native kernel on TPU; on CPU XLA makes one masked copy for each group
+  ragged_dot  `jax.lax.ragged_dot`, a native kernel on TPU, with the tiling computed here; on CPU XLA makes one masked
+              copy for each group
+  tokamax     tokamax's Mosaic kernel, version 2; TPU only, needs `pip install tokamax` (Python >= 3.12)
   loop        for CPU: chunks of rows of one group at a time, with a custom gradient. Only rows that exist are
               multiplied, so the work is that of one matmul whatever the imbalance
 """
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 
-BACKENDS = ("loop", "ragged_dot", "dense")
+BACKENDS = ("loop", "ragged_dot", "dense", "tokamax")
 _CHUNK_ROWS = 128  # rows of one matmul of the loop; measured by tools/bench/grouped_matmul.py
 
 
@@ -39,7 +44,9 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, ba
   if backend == "loop":
     return _loop(lhs, rhs, group_sizes)
   if backend == "ragged_dot":
-    return jax.lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=jnp.float32).astype(lhs.dtype)
+    return _ragged(lhs, rhs, group_sizes)
+  if backend == "tokamax":
+    return _tokamax(lhs, rhs, group_sizes)
   if backend == "dense":
     return _dense(lhs, rhs, group_sizes)
   raise ValueError(f"grouped_matmul has no backend {backend!r}; it has {', '.join(BACKENDS)}")
@@ -51,6 +58,66 @@ def _dense(lhs, rhs, group_sizes):
   member = (rows[:, None] >= ends - group_sizes) & (rows[:, None] < ends)  # [M, G]
   everything = jnp.einsum("mk,gkn->mgn", lhs, rhs, preferred_element_type=jnp.float32)
   return jnp.einsum("mgn,mg->mn", everything, member.astype(jnp.float32)).astype(lhs.dtype)
+
+
+# Vector memory that XLA lets its ragged dot use, bytes of the default scoped limit.
+SCOPED = {"TPU v4": 16 << 20, "TPU v5 lite": 16 << 20, "TPU v5": 16 << 20, "TPU v6 lite": 32 << 20, "TPU7x": 32 << 20}
+
+
+def tiling(rows: int, contract: int, columns: int, num_groups: int, scoped_bytes: int) -> tuple[int, int, int]:
+  """(m, k, n) tile of XLA's ragged dot for bfloat16: all of k, so that an expert's block stays while its rows pass.
+
+  m is 128, or 256 where an expert has so many rows that the halves of tiles it shares with its neighbours do not count; n is
+  the widest block of 128s that divides the columns and fits, doubly buffered, with a float32 result.
+  """
+  m = 256 if rows >= 2048 * num_groups else 128
+
+  def size(n):
+    return 4 * (m * contract + contract * n + m * n) + 4 * m * n
+
+  fits = [n for n in range(128, columns + 1, 128) if columns % n == 0 and size(n) <= scoped_bytes * 7 // 8]
+  if not fits:
+    contract = next((k for k in range(contract // 2 // 128 * 128, 0, -128) if contract % k == 0 and
+                     4 * (m * k + k * 128 + m * 128) + 4 * m * 128 <= scoped_bytes * 7 // 8), 128)
+  return m, contract, max(fits, default=128)
+
+
+def _tiled(rows: int, contract: int, columns: int, num_groups: int):
+  """A context in which a ragged dot carries its tiling; off TPU, or for odd widths, an empty one."""
+  described = jax.sharding.get_abstract_mesh().abstract_device
+  kind = described.device_kind if described is not None else jax.devices()[0].device_kind
+  if kind not in SCOPED or contract % 128 or columns % 128:
+    return contextlib.nullcontext()
+  return set_xla_metadata(ragged_dot_tiling=",".join(map(str, tiling(rows, contract, columns, num_groups, SCOPED[kind]))))
+
+
+@jax.custom_vjp
+def _ragged(lhs, rhs, group_sizes):
+  with _tiled(lhs.shape[0], *rhs.shape[1:], rhs.shape[0]):
+    return jax.lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=jnp.float32).astype(lhs.dtype)
+
+
+def _ragged_backward(saved, grad):
+  lhs, rhs, sizes = saved
+  groups, width, columns = rhs.shape
+  by_matrix = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
+  by_rows = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+  with _tiled(grad.shape[0], columns, width, groups):
+    grad_lhs = jax.lax.ragged_dot_general(grad, rhs, sizes, by_matrix, preferred_element_type=jnp.float32)
+  grad_rhs = jax.lax.ragged_dot_general(lhs, grad, sizes, by_rows, preferred_element_type=jnp.float32)
+  return grad_lhs.astype(lhs.dtype), grad_rhs.astype(rhs.dtype), None
+
+
+_ragged.defvjp(lambda *operands: (_ragged(*operands), operands), _ragged_backward)
+
+
+def _tokamax(lhs, rhs, group_sizes):
+  try:
+    import tokamax
+  except ImportError as error:
+    raise ValueError("grouped_matmul backend 'tokamax' needs the tokamax package (Python >= 3.12; pip install tokamax); "
+                     f"importing it failed: {error}. Use 'ragged_dot' or 'auto'") from error
+  return tokamax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=lhs.dtype, implementation="mosaic_tpu_v2")
 
 
 @jax.custom_vjp

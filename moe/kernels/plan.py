@@ -28,9 +28,10 @@ _SPARE = 4 << 20  # bytes of vector memory for what the compiler spills
 _TRUSTED = ("v5e", "v5p")
 
 # Vector memory of one core, bytes: jax.experimental.pallas.tpu.get_tpu_info.
-VECTOR_MEMORY = {"v4": 16 << 20, "v5e": 128 << 20, "v5p": 64 << 20, "v6e": 128 << 20, "tpu7x": 64 << 20}
+VECTOR_MEMORY = {"v4": 16 << 20, "v5e": 128 << 20, "v5p": 64 << 20, "v6e": 128 << 20, "tpu7x": 64 << 20,
+                 "cpu": 128 << 20}  # interpreted
 _CHIPS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e",
-          "TPU v6e": "v6e", "TPU7x": "tpu7x"}
+          "TPU v6e": "v6e", "TPU7x": "tpu7x", "cpu": "cpu"}
 
 
 class Shape(NamedTuple):
@@ -93,15 +94,14 @@ def describe(choice: Choice) -> str:
 
 def current_device_kind() -> str:
   """Of the mesh that is set (also one of a topology), else of the first device."""
-  mesh = jax.sharding.get_abstract_mesh()
-  described = getattr(mesh, "abstract_device", None)
+  described = jax.sharding.get_abstract_mesh().abstract_device
   return described.device_kind if described is not None else jax.devices()[0].device_kind
 
 
 @functools.lru_cache(maxsize=256)
 def fit(shape: Shape, vector_memory: int) -> tuple[Blocks | None, str]:
   """(blocks that fit, '') or (None, reason): each kernel's by least traffic for evenly loaded experts."""
-  problem = fused_experts.supports(shape.tokens, shape.d_model, shape.d_expert, jnp.dtype(shape.dtype))
+  problem = fused_experts.supports(shape.d_model, shape.d_expert, jnp.dtype(shape.dtype))
   if problem:
     return None, problem
   options = [o for o in map(functools.partial(_fit_tile, shape, vector_memory), _tile_options(shape)) if o is not None]
@@ -150,7 +150,8 @@ def traffic(shape: Shape, blocks: Blocks, sizes=None, kernels=KERNELS, residuals
   counted, spec = visits_lib.Counted(sizes, blocks.tile_rows), jax.ShapeDtypeStruct
   num, tile, experts = counted.num_tiles, blocks.tile_rows, shape.num_experts
   token, scale = spec((num, 1, tile), jnp.int32), spec((num, 1, tile), jnp.float32)
-  packed = spec((shape.tokens + 1, shape.d_model // 256, 128), jnp.uint32)
+  tokens = -(-shape.tokens // 128) * 128
+  packed = spec((tokens + 1, shape.d_model // 256, 128), jnp.uint32)
   into = spec((experts, shape.d_model, shape.d_expert), jnp.bfloat16)
   down = spec((experts, shape.d_expert, shape.d_model), jnp.bfloat16)
   rows = spec((num * tile, shape.d_expert), jnp.bfloat16)
@@ -158,11 +159,11 @@ def traffic(shape: Shape, blocks: Blocks, sizes=None, kernels=KERNELS, residuals
   if "hidden" in kernels:
     fused_experts.hidden(counted, packed, token, (into,) * parts, activation=activation, blocks=blocks, residuals=residuals)
   if "combine" in kernels:
-    fused_experts.combine(counted, [(rows, down)], token, scale, shape.tokens, transposed=False, blocks=blocks)
+    fused_experts.combine(counted, [(rows, down)], token, scale, tokens, transposed=False, blocks=blocks)
   if "hidden_gradient" in kernels:
     fused_experts.hidden_gradient(counted, packed, token, scale, down, (rows,) * parts, activation=activation, blocks=blocks)
   if "combine_gradient" in kernels:
-    fused_experts.combine(counted, [(rows, into)] * parts, token, None, shape.tokens, transposed=True, blocks=blocks)
+    fused_experts.combine(counted, [(rows, into)] * parts, token, None, tokens, transposed=True, blocks=blocks)
   if "weight_gradient" in kernels:
     for transposed in (True,) + (False,) * parts:
       fused_experts.weight_gradient(counted, packed, token, rows, experts, transposed=transposed, blocks=blocks)

@@ -57,7 +57,7 @@ def make(order: jax.Array, inverse: jax.Array, sizes: jax.Array, top_k: int, til
   lane = jnp.arange(tile_rows, dtype=jnp.int32)
   exists = lane < rows[:, None]
   place = jnp.where(exists, (first_row[group] + within)[:, None] + lane, 0)
-  selection = jnp.where(exists, order[place], inverse.shape[0]).astype(jnp.int32)
+  selection = jnp.where(exists, jnp.append(order, 0)[place], inverse.shape[0]).astype(jnp.int32)
   token = selection // top_k
 
   expert = jnp.minimum(jnp.searchsorted(end, inverse, side="right"), sizes.shape[0] - 1)

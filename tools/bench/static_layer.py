@@ -1,0 +1,128 @@
+"""A MoE layer beside library compositions: counted HBM bytes and the static estimate, forward and with the gradient.
+
+Ours and XLA's are the layer of the model (`moe.experts.apply_experts`, routed already) with backend `fused` and `ragged_dot`:
+the program is compiled for the chip; what XLA makes of the operations around the matmuls is costed by the compiler's own
+cycles, the matmuls by their static twins. The megablox rows replace the twin's tile. The transposed grouped matmul of a
+library's weight gradient has no twin: it counts at the chip's full rate over the rows it visits, which flatters the library.
+tokamax's version 2 has no row: its profile cannot be read (scalars from memory decide its DMA), and its gradient compiles only
+where a TPU is attached.
+"""
+
+from __future__ import annotations
+
+import re
+
+from moe.kernels import grouped_matmul
+from moe.kernels import plan
+from tools.bench import tpu_static
+
+_MODULE = "tools.bench.static_programs"
+
+
+def hlo_bytes(text: str) -> int:
+  """HBM bytes of a compiled program's operations but its custom calls: what each reads and writes, gathers by what they yield;
+  values that the compiler keeps in vector memory, S(1), count nothing."""
+  entry = text[text.index("\nENTRY "):]
+  sizes, total = {}, 0
+  for line in entry.splitlines():
+    found = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)", line)
+    if not found:
+      continue
+    name, shapes, operation, rest = found.groups()
+    sizes[name] = sum(_size(*shape) for shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?", shapes))
+    if operation in ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "custom-call", "after-all"):
+      continue
+    operands = {o: sizes[o] for o in re.findall(r"%([\w.\-]+)", rest) if o in sizes and o != name}
+    read = sum(operands.values())
+    if "gather" in name and operands:  # rows of the largest operand, as many as come out
+      read += sizes[name] - max(operands.values())
+    total += sizes[name] + read
+  return total
+
+
+def _size(kind: str, dims: str, layout: str) -> int:
+  bits = re.search(r"\d+$", kind)
+  if layout and "S(1)" in layout:
+    return 0
+  count = 1
+  for dim in filter(None, dims.split(",")):
+    count *= int(dim)
+  return count * (int(bits[0]) if bits else 8) // 8
+
+
+def compare(topology: str, shape_name: str) -> dict:
+  """{"rows": [{name, gradient, bytes, seconds, ...}], "floor": {...}} of one shape on one chip."""
+  shape, chip = plan.Shape(*tpu_static.SHAPES[shape_name]), tpu_static.chip_of(topology)
+  clock, bandwidth, peak = tpu_static.CHIPS[chip]
+  sizes = tpu_static.multinomial(shape.tokens * shape.top_k, shape.num_experts)
+  blocks, problem = plan.fit(shape, plan.VECTOR_MEMORY[chip])
+  programs = {f"{backend}|{gradient:d}": (_MODULE, "layer", {"shape": shape, "backend": backend, "gradient": gradient})
+              for backend in (("fused",) if blocks else ()) + ("ragged_dot",) for gradient in (False, True)}
+  around = {}
+  for name, report in tpu_static.measure(topology, programs, "hlo").items():
+    if report.problem:
+      raise RuntimeError(f"{name} does not compile for {topology}: {report.problem}")
+    cycles = sum(v for k, v in report.cycles.items() if not k.startswith("custom-call"))
+    around[name] = (cycles / clock, report.around_bytes)
+
+  rows = []
+  if blocks:
+    kernels = {row["kernel"]: row for row in tpu_static.kernel_estimates(
+        topology, shape, blocks, ("hidden_forward", "hidden", "combine", "hidden_gradient", "combine_gradient",
+                                  "weight_gradient", "weight_gradient_down"))}
+    lost = [f"{k}: {row['problem']}" for k, row in kernels.items() if "problem" in row]
+    forward = ("hidden_forward", "combine")
+    both = ("hidden", "combine", "hidden_gradient", "combine_gradient", "weight_gradient", "weight_gradient",
+            "weight_gradient_down")
+    for gradient, names in ((False, forward), (True, both)):
+      seconds, moved = around[f"fused|{gradient:d}"]
+      rows.append({"name": "ours", "gradient": gradient, "around_seconds": seconds,
+                   "bytes": moved + sum(kernels[n]["bytes"] for n in names), "lost": lost,
+                   "seconds": seconds + sum(kernels[n].get("seconds", float("nan")) for n in names)})
+
+  wide, narrow = (shape.d_model, shape.d_expert), (shape.d_expert, shape.d_model)
+  scoped = grouped_matmul.SCOPED.get({"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}.get(chip, ""), 16 << 20)
+  rows_total = sum(sizes)
+  tiles = {"XLA ragged dot": [grouped_matmul.tiling(rows_total, k, n, shape.num_experts, scoped) for k, n in (wide, narrow)],
+           "megablox 128": [(128, 128, 128)] * 2}
+  if shape.d_model % 1024 == shape.d_expert % 1024 == 0:
+    tiles["megablox 512,1024,1024"] = [(512, 1024, 1024)] * 2
+  for name, (tile_in, tile_out) in tiles.items():
+    matmuls = [{"sizes": sizes, "k": k, "n": n, "tile": list(tile)} for (k, n), tile in ((wide, tile_in), (narrow, tile_out))]
+    estimates = tpu_static.plain_estimate(topology, matmuls)
+    if any(isinstance(e, str) for e in estimates):
+      rows.append({"name": name, "gradient": False, "problem": next(e for e in estimates if isinstance(e, str))})
+      continue
+    moved = [tpu_static.plain_bytes(sizes, m["k"], m["n"], m["tile"]) for m in matmuls]
+    visited = tpu_static.plain_visits(sizes, tile_in[0]) * tile_in[0]
+    matrix = shape.num_experts * shape.d_model * shape.d_expert
+    weight_bytes = 2 * (rows_total * (shape.d_model + shape.d_expert) + matrix)
+    weight_seconds = max(2 * visited * shape.d_model * shape.d_expert / peak, weight_bytes / bandwidth)
+    for gradient in (False, True):
+      seconds, around_bytes = around[f"ragged_dot|{gradient:d}"]
+      into, out = (3, 3) if gradient else (2, 1)  # the gradient of the rows: one more into, two more out
+      rows.append({"name": name, "gradient": gradient, "around_seconds": seconds,
+                   "bytes": around_bytes + into * moved[0] + out * moved[1] + 3 * weight_bytes * gradient,
+                   "seconds": seconds + into * estimates[0] + out * estimates[1] + 3 * weight_seconds * gradient})
+  floor = {str(gradient): tpu_static.layer_floor(shape, gradient) for gradient in (False, True)}
+  return {"topology": topology, "shape": shape_name, "floor": floor, "rows": rows, "problem": problem,
+          "flop_seconds": 6 * rows_total * shape.d_model * shape.d_expert / peak}
+
+
+def table(result: dict) -> str:
+  chip = tpu_static.chip_of(result["topology"])
+  lines = [f"{result['topology']}, {result['shape']}: the MoE layer, static estimate ({tpu_static.error_of(chip)}); matmuls alone "
+           f"at the chip's peak {result['flop_seconds'] * 1e3:.2f} ms forward"]
+  if result["problem"]:
+    lines.append(f"  ours: {result['problem']}")
+  for gradient in (False, True):
+    floor = result["floor"][str(gradient)]
+    lines.append(f"  {'forward and gradient' if gradient else 'forward'}; floor of the fused design {floor / 1e9:.2f} GB")
+    for row in result["rows"]:
+      if "problem" in row and not gradient:
+        lines.append(f"    {row['name']:24s} none: {row['problem'][:100]}")
+      elif row["gradient"] == gradient and "seconds" in row:
+        lines.append(f"    {row['name']:24s} {row['bytes'] / 1e9:6.2f} GB ({row['bytes'] / floor:.2f} of the floor)  "
+                     f"{row['seconds'] * 1e3:7.2f} ms, of which around the matmuls {row['around_seconds'] * 1e3:.2f}"
+                     + (f"  without {'; '.join(row['lost'])[:120]}" if row.get("lost") else ""))
+  return "\n".join(lines)

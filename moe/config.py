@@ -77,6 +77,7 @@ class Attention(_Checked):
   qkv_bias: bool = False
   window_tokens: int = 0  # a token sees itself and the window_tokens - 1 before it; 0: all
   logit_softcap: float = 0.0  # cap * tanh(logits / cap); 0: off
+  backend: str = "auto"  # plain | splash (TPU) | dot_product (jax.nn); auto: kernels/attention.py chooses
   q_lora_rank: int = 0  # mla: 0 projects queries directly
   kv_lora_rank: int = 0
   rope_head_dim: int = 0  # mla: the rotary part of a head, one key shared by all heads
@@ -86,6 +87,7 @@ class Attention(_Checked):
   def check(self):
     _one_of(self, "kind", ("gqa", "mla"))
     _one_of(self, "qk_norm", ("none", "head", "whole"))
+    _one_of(self, "backend", ("auto", "plain", "splash", "dot_product"))
     _at_least(self, 1, "num_heads", "head_dim")
     _at_least(self, 0, "num_kv_heads", "window_tokens", "logit_softcap", "q_lora_rank", "kv_lora_rank")
     if self.num_heads % self.kv_heads:

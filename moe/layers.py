@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
@@ -89,69 +88,6 @@ def attention_bias(q_positions, k_positions, q_segments, k_segments, window_toke
   if window_tokens:
     mask &= distance < window_tokens
   return jax.lax.optimization_barrier(jnp.where(mask, 0.0, -1e30).astype(jnp.float32))
-
-
-def attention(q, k, v, bias, *, scale: float, softcap: float) -> jax.Array:
-  """Softmax attention with shared key/value heads; logits and softmax in float32.
-
-  Written out because jax.nn.dot_product_attention has no soft cap, wants keys and values of one width, and its
-  layout (heads last but one) is about half as fast on CPU; the tests hold the two equal where both apply.
-
-  Args:
-    q: [B, S, H, d]; k: [B, T, G, d]; v: [B, T, G, d_v], query head h reads key/value head h // (H / G).
-    bias: [B, S, T] float32, added to the logits.
-    scale: multiplies the logits.
-    softcap: cap of cap * tanh(logits / cap); 0: none.
-
-  Returns:
-    [B, S, H, d_v] in q's dtype.
-  """
-  length = q.shape[1]
-  if length == k.shape[1] and length % 128 == 0:
-    # No token sees a later place of its row, so the first half of the queries needs only the first half of the keys.
-    half = length // 2
-    parts = [_attention(q[:, begin:end], k[:, :end], v[:, :end], bias[:, begin:end, :end], scale, softcap)
-             for begin, end in ((0, half), (half, length))]
-    return jnp.concatenate(parts, 1)
-  return _attention(q, k, v, bias, scale, softcap)
-
-
-def _attention(q, k, v, bias, scale: float, softcap: float) -> jax.Array:
-  batch, length, heads, width = q.shape
-  q, k, v = (t.swapaxes(1, 2) for t in (q * scale, k, v))
-  q = q.reshape(batch, k.shape[1], heads // k.shape[1], length, width)
-  logits = jnp.einsum("bghsd,bgtd->bghst", q, k, preferred_element_type=jnp.float32)
-  if softcap:
-    logits = softcap * jnp.tanh(logits / softcap)
-  weights = jax.nn.softmax(logits + bias[:, None, None]).astype(v.dtype)
-  out = jnp.einsum("bghst,bgtd->bghsd", weights, v, preferred_element_type=jnp.float32).astype(v.dtype)
-  return out.reshape(batch, heads, length, -1).swapaxes(1, 2)
-
-
-def matmul(x: jax.Array, weight: jax.Array, out_dtype=None) -> jax.Array:
-  """x [..., D] @ weight [D, ...], in x's dtype or `out_dtype`, accumulated in float32.
-
-  Its gradient is written out because the automatic one contracts the output's gradient transposed, and XLA:CPU then
-  writes that array column by column: for the logits as slow as a matmul of a fifth of their size.
-  """
-  flat = _matmul(x, weight.reshape(weight.shape[0], -1), jnp.dtype(out_dtype or x.dtype))
-  return flat.reshape(*x.shape[:-1], *weight.shape[1:])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x, weight, dtype):
-  return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(dtype)
-
-
-def _matmul_backward(dtype, saved, grad):
-  x, weight = saved
-  grad, tokens = grad.astype(x.dtype), tuple(range(x.ndim - 1))
-  grad_x = jax.lax.dot_general(grad, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-  grad_weight = jax.lax.dot_general(x, grad, ((tokens, tokens), ((), ())), preferred_element_type=jnp.float32)
-  return grad_x.astype(x.dtype), grad_weight.astype(weight.dtype)
-
-
-_matmul.defvjp(lambda x, weight, dtype: (_matmul(x, weight, dtype), (x, weight)), _matmul_backward)
 
 
 def activate(gate: jax.Array, up: jax.Array | None, kind: str) -> jax.Array:

@@ -22,6 +22,8 @@ from moe import config
 from moe import experts as experts_lib
 from moe import layers
 from moe import sharding
+from moe.kernels import attention
+from moe.kernels.matmul import matmul
 from moe.routing import balance
 from moe.routing import capacity
 from moe.routing import gates
@@ -104,7 +106,7 @@ class GroupedQueryAttention(_Weights):
     a, d_model = self.model.attention, self.model.d_model
 
     def project(name, heads, axis):
-      out = layers.matmul(x, self.weight(name, (d_model, heads, a.head_dim), ("embed", axis, "head_dim")))
+      out = matmul(x, self.weight(name, (d_model, heads, a.head_dim), ("embed", axis, "head_dim")))
       if a.qkv_bias:
         out = out + self.bias(f"{name}_bias", (heads, a.head_dim), (axis, "head_dim"))
       return out
@@ -149,11 +151,12 @@ def _attend(module: _Weights, q, k, v, context: _Context, cache):
   if cache is not None:
     k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, context.cache_index, 1) for old, new in zip(cache, (k, v)))
     cache = (k, v)
-  out = layers.attention(q, k, v, context.bias, scale=layers.attention_scale(a.rope, a.qk_dim), softcap=a.logit_softcap)
+  out = attention.attention(q, k, v, context.bias, context.segment_ids, scale=layers.attention_scale(a.rope, a.qk_dim),
+                            softcap=a.logit_softcap, window_tokens=a.window_tokens, backend=a.backend)
   out = checkpoint_name(out, "attention")
   shape = (a.num_heads, a.v_dim, module.model.d_model)
   weight = module.weight("out", shape, ("heads", "head_dim", "embed"), "residual")
-  return layers.matmul(out.reshape(*out.shape[:2], -1), weight.reshape(-1, shape[-1])), cache
+  return matmul(out.reshape(*out.shape[:2], -1), weight.reshape(-1, shape[-1])), cache
 
 
 class DenseBlock(_Weights):
@@ -164,10 +167,10 @@ class DenseBlock(_Weights):
   @nn.compact
   def __call__(self, x):
     d_model, into = self.model.d_model, ("embed", "hidden")
-    gate = layers.matmul(x, self.weight("gate", (d_model, self.hidden), into))
-    up = layers.matmul(x, self.weight("up", (d_model, self.hidden), into)) if self.model.activation == "swiglu" else None
+    gate = matmul(x, self.weight("gate", (d_model, self.hidden), into))
+    up = matmul(x, self.weight("up", (d_model, self.hidden), into)) if self.model.activation == "swiglu" else None
     hidden = layers.activate(gate, up, self.model.activation)
-    return layers.matmul(hidden, self.weight("down", (self.hidden, d_model), ("hidden", "embed"), "residual"))
+    return matmul(hidden, self.weight("down", (self.hidden, d_model), ("hidden", "embed"), "residual"))
 
 
 class RecurrentCell(_Weights):
@@ -465,10 +468,13 @@ class Transformer(_Weights):
     hidden = layers.rms_norm(x, self.final_norm_scale, m.norm_eps)
     return Output(hidden, *routed, None if cache is None else (dense_cache, group_cache, gate_cache))
 
+  def head_matrix(self):
+    """[D, V] in the compute dtype; it turns hidden states into logits."""
+    return self.embedding.astype(self.dtype).T if self.model.tie_embeddings else self.head
+
   def logits(self, hidden):
     """[..., D] -> [..., V] float32."""
-    head = self.embedding.astype(self.dtype).T if self.model.tie_embeddings else self.head
-    return layers.matmul(hidden, head, jnp.float32)
+    return matmul(hidden, self.head_matrix(), jnp.float32)
 
 
 def empty_cache(model: config.Model, batch: int, length: int):

@@ -20,6 +20,7 @@ from moe import model as model_lib
 from moe import optimizer as optimizer_lib
 from moe import schedules
 from moe import sharding
+from moe.kernels import cross_entropy
 from moe.model import Batch
 from moe.routing import analysis
 from moe.routing import balance
@@ -82,13 +83,6 @@ def init_state(run: config.Run, mesh) -> TrainState:
 # ----------------------------------------------------------------------------------------------------------- loss
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(negative log likelihood, logsumexp), each [...] float32, for logits [..., V] and targets [...]."""
-  log_z = jax.nn.logsumexp(logits, axis=-1)
-  one_hot = targets[..., None] == jnp.arange(logits.shape[-1])
-  return log_z - jnp.sum(jnp.where(one_hot, logits, 0.0), -1), log_z
-
-
 def _forward(run: config.Run, params, batch: Batch, rows, key, routing_key):
   """(sum of losses, sum of logit z-losses, Stats) of one micro-batch, which has these rows of the step's batch."""
   transformer = model_lib.build(run.model, deterministic=not run.model.dropout)
@@ -96,10 +90,10 @@ def _forward(run: config.Run, params, batch: Batch, rows, key, routing_key):
   if run.model.draws_routing_noise:
     rngs["routing"] = routing_key
   out = transformer.apply({"params": params}, batch.inputs, batch.segment_ids, batch.positions, rows=rows, rngs=rngs)
-  logits = transformer.apply({"params": params}, out.hidden, method="logits")
-  nll, log_z = cross_entropy(logits, batch.targets)
+  head = transformer.apply({"params": params}, method="head_matrix")
+  loss = cross_entropy.token_loss(out.hidden, head, batch.targets)
   real = (batch.segment_ids > 0).astype(jnp.float32)
-  return jnp.sum(nll * real), jnp.sum(jnp.square(log_z) * real), out.stats
+  return jnp.sum(loss.nll * real), jnp.sum(jnp.square(loss.log_z) * real), out.stats
 
 
 def _balance_sums(run: config.Run, stats: balance.Stats, before: balance.Stats, fraction):
@@ -259,9 +253,9 @@ def eval_step(run: config.Run, params, batch: Batch, scored) -> dict:
   """
   transformer = model_lib.build(run.model)
   out = transformer.apply({"params": params}, batch.inputs, batch.segment_ids, batch.positions)
-  logits = transformer.apply({"params": params}, out.hidden, method="logits")
-  nll, _ = cross_entropy(logits, batch.targets)
-  hit = (jnp.argmax(logits, -1) == batch.targets) & scored
+  head = transformer.apply({"params": params}, method="head_matrix")
+  nll, _, hit = cross_entropy.token_loss(out.hidden, head, batch.targets)
+  hit &= scored
   mask = batch.segment_ids > 0
   between, sampled = analysis.probability_information(out.probabilities, mask)
   sums = {"nll": jnp.sum(jnp.where(scored, nll, 0.0)), "scored": scored.sum(dtype=jnp.int32),

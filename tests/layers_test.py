@@ -20,38 +20,6 @@ def test_rms_norm():
   assert layers.rms_norm(jnp.array(x, jnp.bfloat16), scale, 1e-6).dtype == jnp.bfloat16
 
 
-def biases(batch, length, window=0):
-  positions = np.tile(np.arange(length), (batch, 1))
-  segments = np.sort(np.random.default_rng(0).integers(1, 3, (batch, length)))
-  return layers.attention_bias(*map(jnp.array, (positions, positions, segments, segments)), window), segments
-
-
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("window", [0, 5])
-def test_attention_equals_the_library(kv_heads, window):
-  bias, segments = biases(2, 16, window)
-  q, k, v = random(2, 16, 4, 8), random(2, 16, kv_heads, 8, seed=1), random(2, 16, kv_heads, 8, seed=2)
-  steps = np.arange(16)[:, None] - np.arange(16)
-  mask = (steps >= 0) & (segments[:, :, None] == segments[:, None])
-  if window:
-    mask &= steps < window
-  np.testing.assert_array_equal(np.asarray(bias) == 0, mask)
-  ours = lambda q, k, v: layers.attention(q, k, v, bias, scale=0.3, softcap=0.0)
-  library = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=jnp.array(mask)[:, None], scale=0.3)
-  np.testing.assert_allclose(ours(q, k, v), library(q, k, v), atol=1e-6)
-  for a, b in zip(*(jax.grad(lambda *x, f=f: jnp.sum(jnp.sin(f(*x))), (0, 1, 2))(q, k, v) for f in (ours, library))):
-    np.testing.assert_allclose(a, b, atol=5e-6)
-
-
-def test_attention_soft_cap_and_two_widths_by_hand():
-  bias, _ = biases(1, 6)
-  q, k, v = random(1, 6, 2, 4), random(1, 6, 2, 4, seed=1), random(1, 6, 2, 3, seed=2)
-  logits = 5 * np.tanh(np.einsum("bshd,bthd->bhst", q, k).astype(np.float64) / 5) + np.asarray(bias)[:, None]
-  weights = np.exp(logits - logits.max(-1, keepdims=True))
-  want = np.einsum("bhst,bthd->bshd", weights / weights.sum(-1, keepdims=True), v)
-  np.testing.assert_allclose(layers.attention(q, k, v, bias, scale=1.0, softcap=5.0), want, atol=1e-6)
-
-
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rope_is_a_rotation_by_relative_position(interleaved):
   rope, dim = Rope(interleaved=interleaved), 8

@@ -15,6 +15,7 @@ from jax.experimental import topologies  # noqa: E402
 from moe import config  # noqa: E402
 from moe import sharding  # noqa: E402
 from moe import step as step_lib  # noqa: E402
+from moe.kernels import cross_entropy  # noqa: E402
 from tests import small  # noqa: E402
 
 pytestmark = [pytest.mark.tpu, pytest.mark.slow]
@@ -58,6 +59,28 @@ def test_expert_gradients_leave_by_reduce_scatter():
   found = collectives(program.as_text())
   assert sorted(found["reduce-scatter"]) == sorted([f"bf16[{e},{d // 8},{f}]"] * 2 + [f"bf16[{e},{f},{d // 8}]"])
   assert not [shape for shape in found["all-reduce"] if shape.endswith(f"[{e},{d},{f}]")]
+
+
+@pytest.mark.parametrize("topology, fused", [("v5e:2x4", True), ("v6e:2x4", False)])
+def test_kernels_are_in_the_step(topology, fused):
+  """The chooser's kernels, forward and backward, under shard_map on a mesh; attention is splash on both chips."""
+  run, program = compiled(topology, {"data": 2, "fsdp": 2, "expert": 2})
+  text = program.as_text()
+  names = ("experts_hidden", "experts_combine", "experts_hidden_gradient", "experts_weight_gradient")
+  assert all((name in text) == fused for name in names), topology
+  assert ("ragged_dot_tiling" in text) != fused
+  assert "splash_mha" in text
+
+
+def test_a_large_vocabulary_is_never_whole(monkeypatch):
+  def holds_all():
+    run, program = compiled("v5e:2x4", {"data": 4, "tensor": 2}, model={"vocab_size": 131072})
+    rows, length = run.data.batch_sequences // 4, run.data.sequence_tokens
+    return re.search(rf"(f32|bf16)\[{rows},{length},{131072 // 2}\]", program.as_text()) is not None
+
+  assert not holds_all()
+  monkeypatch.setattr(cross_entropy, "_LOGITS_BYTES", 1 << 40)  # the control: in one piece
+  assert holds_all()
 
 
 def test_exact_step_scope_compiles():

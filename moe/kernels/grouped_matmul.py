@@ -82,10 +82,20 @@ def tiling(rows: int, contract: int, columns: int, num_groups: int, scoped_bytes
   return m, contract, max(fits, default=128)
 
 
+def _device_kind() -> str:
+  described = jax.sharding.get_abstract_mesh().abstract_device
+  return described.device_kind if described is not None else jax.devices()[0].device_kind
+
+
+def _result(dtype):
+  """What to ask of a ragged dot. The TPU's kernel accumulates in float32 whatever its result, and a float32 result would be
+  written out and converted in a pass of its own; elsewhere the result's type is also that of the sum."""
+  return dtype if _device_kind() in SCOPED else jnp.float32
+
+
 def _tiled(rows: int, contract: int, columns: int, num_groups: int):
   """A context in which a ragged dot carries its tiling; off TPU, or for odd widths, an empty one."""
-  described = jax.sharding.get_abstract_mesh().abstract_device
-  kind = described.device_kind if described is not None else jax.devices()[0].device_kind
+  kind = _device_kind()
   if kind not in SCOPED or contract % 128 or columns % 128:
     return contextlib.nullcontext()
   return set_xla_metadata(ragged_dot_tiling=",".join(map(str, tiling(rows, contract, columns, num_groups, SCOPED[kind]))))
@@ -94,7 +104,7 @@ def _tiled(rows: int, contract: int, columns: int, num_groups: int):
 @jax.custom_vjp
 def _ragged(lhs, rhs, group_sizes):
   with _tiled(lhs.shape[0], *rhs.shape[1:], rhs.shape[0]):
-    return jax.lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=jnp.float32).astype(lhs.dtype)
+    return jax.lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=_result(lhs.dtype)).astype(lhs.dtype)
 
 
 def _ragged_backward(saved, grad):
@@ -103,8 +113,8 @@ def _ragged_backward(saved, grad):
   by_matrix = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
   by_rows = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
   with _tiled(grad.shape[0], columns, width, groups):
-    grad_lhs = jax.lax.ragged_dot_general(grad, rhs, sizes, by_matrix, preferred_element_type=jnp.float32)
-  grad_rhs = jax.lax.ragged_dot_general(lhs, grad, sizes, by_rows, preferred_element_type=jnp.float32)
+    grad_lhs = jax.lax.ragged_dot_general(grad, rhs, sizes, by_matrix, preferred_element_type=_result(lhs.dtype))
+  grad_rhs = jax.lax.ragged_dot_general(lhs, grad, sizes, by_rows, preferred_element_type=_result(rhs.dtype))
   return grad_lhs.astype(lhs.dtype), grad_rhs.astype(rhs.dtype), None
 
 

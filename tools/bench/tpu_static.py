@@ -64,8 +64,9 @@ class Report:
   hbm_peak_bytes: int | None = None
   code_bytes: int | None = None
   flops: float | None = None
-  cycles: dict | None = None  # operation -> estimated cycles, by the compiler
-  around_bytes: int | None = None  # HBM traffic of all but custom calls
+  cycles: dict | None = None  # "kind operation" -> estimated cycles, by the compiler; kind: custom-call, copy or fusion
+  around_bytes: int | None = None  # HBM traffic of all but custom calls and copies
+  copy_bytes: int | None = None  # of copies, which change a layout
   bundles: int | None = None
   slots: dict | None = None  # unit -> share of its slots in use
   spills: int | None = None  # bundle slots that spill or fill registers
@@ -98,7 +99,7 @@ def _child(request: dict) -> None:
       _facts(report, compiled)
       if request["flag"] == "hlo":
         from tools.bench import static_layer
-        report.around_bytes = static_layer.hlo_bytes(compiled.as_text())
+        report.around_bytes, report.copy_bytes = static_layer.hlo_bytes(compiled.as_text())
       _bundles(report, sorted(set(glob.glob(f"{folder}/*")) - before))
     except Exception as error:  # noqa: BLE001  the compiler's refusals have many types; the report carries the words
       report.problem = " ".join(str(error).split())[:400]
@@ -130,7 +131,8 @@ def _facts(report: Report, compiled) -> None:
   for line in text.splitlines():
     found = re.search(r"%([\w.\-]+) = .*\"estimated_cycles\":\"(\d+)\"", line)
     if found and int(found[2]) < 1 << 62:
-      cycles[("custom-call " if " custom-call(" in line else "") + found[1]] = int(found[2])
+      kind = next((k for k in ("custom-call", "copy") if f" {k}(" in line), "fusion")
+      cycles[f"{kind} {found[1]}"] = int(found[2])
   report.cycles = cycles
 
 

@@ -1,0 +1,123 @@
+"""Causal attention behind one function: segment ids, sliding window, soft cap, shared key/value heads, two head widths.
+
+Backends, chosen by name or by the device:
+  plain        written out; the reference, and on CPU the quickest. jax.nn.dot_product_attention has no soft cap, wants keys
+               and values of one width, and its layout (heads last but one) is about half as fast on CPU
+  splash       JAX's Pallas kernel for TPU: no array of S x S, blocks outside the mask skipped; gradient included
+  dot_product  jax.nn.dot_product_attention, the default on GPU where it applies
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+
+from moe import sharding
+
+BACKENDS = ("plain", "splash", "dot_product")
+
+
+def choose(backend: str, platform: str, q_shape, k_shape, v_width: int, softcap: float) -> str:
+  """The backend for a name of `config.Attention.backend`.
+
+  Args:
+    platform: cpu | gpu | tpu.
+    q_shape, k_shape: [B, S, H, d], [B, T, G, d]; T differs from S when decoding.
+
+  Raises:
+    ValueError: the name asks for what the shapes do not allow.
+  """
+  length, width = q_shape[1], q_shape[3]
+  splash = ""
+  if length != k_shape[1] or length % 128:
+    splash = f"queries and keys of equal length in multiples of 128 (got {length} and {k_shape[1]})"
+  elif width % 64 or v_width % 64:
+    splash = f"head widths in multiples of 64 (got {width} and {v_width})"
+  product = "no soft cap and one head width" if softcap or width != v_width else ""
+  if backend == "auto":
+    if platform == "tpu" and not splash:
+      return "splash"
+    return "dot_product" if platform in ("gpu", "cuda", "rocm") and not product else "plain"
+  reason = {"splash": splash, "dot_product": product}.get(backend, "")
+  if reason and length == k_shape[1] and length >= 128:
+    raise ValueError(f"Attention.backend = {backend!r} needs {reason}; use 'auto' or 'plain'")
+  return "plain" if reason else backend  # decoding and initialisation have other shapes than training
+
+
+def attention(q, k, v, bias, segment_ids, *, scale: float, softcap: float, window_tokens: int, backend: str = "auto") -> jax.Array:
+  """Softmax attention; logits and softmax in float32.
+
+  Args:
+    q: [B, S, H, d]; k: [B, T, G, d]; v: [B, T, G, d_v], query head h reads key/value head h // (H / G). Split over the batch
+      axes and heads over tensor, if a mesh is set.
+    bias: [B, S, T] float32, added to the logits: who may see whom (layers.attention_bias).
+    segment_ids: [B, S] int32; what splash makes of it and of the window equals the bias.
+    scale: multiplies the logits.
+    softcap: cap of cap * tanh(logits / cap); 0: none.
+    window_tokens: a token sees itself and the window_tokens - 1 before it; 0: all.
+
+  Returns:
+    [B, S, H, d_v] in q's dtype.
+  """
+  described = jax.sharding.get_abstract_mesh().abstract_device
+  platform = described.platform if described is not None else jax.default_backend()
+  chosen = choose(backend, platform, q.shape, k.shape, v.shape[-1], softcap)
+  if chosen == "splash":
+    return _splash(q * scale, k, v, segment_ids, softcap, window_tokens, interpret=platform == "cpu")
+  if chosen == "dot_product":
+    return jax.nn.dot_product_attention(q, k, v, bias=bias[:, None].astype(q.dtype), scale=scale)
+  return plain(q, k, v, bias, scale=scale, softcap=softcap)
+
+
+def _splash(q, k, v, segment_ids, softcap: float, window_tokens: int, interpret: bool):
+  mesh, length = jax.sharding.get_abstract_mesh(), q.shape[1]
+  block = next(size for size in (512, 384, 256, 128) if length % size == 0)
+  sizes = splash_attention_kernel.BlockSizes(
+      block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
+      block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
+  shape = (length, length)
+  mask = splash_attention_mask.CausalMask(shape)
+  if window_tokens:
+    mask = splash_attention_mask.LocalMask(shape, window_size=(window_tokens - 1, 0), offset=0)
+
+  def device(q, k, v, segment_ids):
+    kernel = splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([mask] * q.shape[2]), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+        attn_logits_soft_cap=softcap or None, interpret=interpret)
+
+    def row(q, k, v, ids):
+      return kernel(q, k, v, segment_ids=splash_attention_kernel.SegmentIds(ids, ids))
+
+    return jax.vmap(row)(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids).swapaxes(1, 2)
+
+  if mesh.empty:
+    return device(q, k, v, segment_ids)
+  heads = sharding.spec("batch", "sequence", "heads", "head_dim")  # the partitioner cannot split a kernel by itself
+  return jax.shard_map(device, in_specs=(heads, heads, heads, sharding.spec("batch", "sequence")), out_specs=heads,
+                       check_vma=False)(q, k, v, segment_ids)
+
+
+def plain(q, k, v, bias, *, scale: float, softcap: float) -> jax.Array:
+  """The same written out; arguments as in `attention`."""
+  length = q.shape[1]
+  if length == k.shape[1] and length % 128 == 0:
+    # No token sees a later place of its row, so the first half of the queries needs only the first half of the keys.
+    half = length // 2
+    parts = [_attention(q[:, begin:end], k[:, :end], v[:, :end], bias[:, begin:end, :end], scale, softcap)
+             for begin, end in ((0, half), (half, length))]
+    return jnp.concatenate(parts, 1)
+  return _attention(q, k, v, bias, scale, softcap)
+
+
+def _attention(q, k, v, bias, scale: float, softcap: float) -> jax.Array:
+  batch, length, heads, width = q.shape
+  q, k, v = (t.swapaxes(1, 2) for t in (q * scale, k, v))
+  q = q.reshape(batch, k.shape[1], heads // k.shape[1], length, width)
+  logits = jnp.einsum("bghsd,bgtd->bghst", q, k, preferred_element_type=jnp.float32)
+  if softcap:
+    logits = softcap * jnp.tanh(logits / softcap)
+  weights = jax.nn.softmax(logits + bias[:, None, None]).astype(v.dtype)
+  out = jnp.einsum("bghst,bgtd->bghsd", weights, v, preferred_element_type=jnp.float32).astype(v.dtype)
+  return out.reshape(batch, heads, length, -1).swapaxes(1, 2)

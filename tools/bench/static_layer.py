@@ -2,8 +2,10 @@
 
 Ours and XLA's are the layer of the model (`moe.experts.apply_experts`, routed already) with backend `fused` and `ragged_dot`:
 the program is compiled for the chip; what XLA makes of the operations around the matmuls is costed by the compiler's own
-cycles, the matmuls by their static twins. The megablox rows replace the twin's tile. The transposed grouped matmul of a
-library's weight gradient has no twin: it counts at the chip's full rate over the rows it visits, which flatters the library.
+cycles, the matmuls by their static twins. XLA writes transposed copies of the weights for the gradient of the rows; the
+megablox rows are spared them, because its kernel transposes by itself, and differ by the tile: the one we compute, or its
+default. The transposed grouped matmul of a library's weight gradient has no twin: it counts at the chip's full rate over the
+rows it visits, which flatters the libraries.
 tokamax's version 2 has no row: its profile cannot be read (scalars from memory decide its DMA), and its gradient compiles only
 where a TPU is attached.
 """
@@ -19,11 +21,11 @@ from tools.bench import tpu_static
 _MODULE = "tools.bench.static_programs"
 
 
-def hlo_bytes(text: str) -> int:
-  """HBM bytes of a compiled program's operations but its custom calls: what each reads and writes, gathers by what they yield;
-  values that the compiler keeps in vector memory, S(1), count nothing."""
+def hlo_bytes(text: str) -> tuple[int, int]:
+  """HBM bytes of a compiled program's operations but its custom calls: (all but copies, copies). What each reads and writes,
+  gathers by what they yield; values that the compiler keeps in vector memory, S(1), count nothing."""
   entry = text[text.index("\nENTRY "):]
-  sizes, total = {}, 0
+  sizes, total, copies = {}, 0, 0
   for line in entry.splitlines():
     found = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)", line)
     if not found:
@@ -36,8 +38,11 @@ def hlo_bytes(text: str) -> int:
     read = sum(operands.values())
     if "gather" in name and operands:  # rows of the largest operand, as many as come out
       read += sizes[name] - max(operands.values())
-    total += sizes[name] + read
-  return total
+    if operation == "copy":
+      copies += sizes[name] + read
+    else:
+      total += sizes[name] + read
+  return total, copies
 
 
 def _size(kind: str, dims: str, layout: str) -> int:
@@ -62,8 +67,8 @@ def compare(topology: str, shape_name: str) -> dict:
   for name, report in tpu_static.measure(topology, programs, "hlo").items():
     if report.problem:
       raise RuntimeError(f"{name} does not compile for {topology}: {report.problem}")
-    cycles = sum(v for k, v in report.cycles.items() if not k.startswith("custom-call"))
-    around[name] = (cycles / clock, report.around_bytes)
+    fusions, copies = (sum(v for k, v in report.cycles.items() if k.startswith(kind)) / clock for kind in ("fusion", "copy"))
+    around[name] = (fusions, report.around_bytes, copies, report.copy_bytes)
 
   rows = []
   if blocks:
@@ -75,7 +80,8 @@ def compare(topology: str, shape_name: str) -> dict:
     both = ("hidden", "combine", "hidden_gradient", "combine_gradient", "weight_gradient", "weight_gradient",
             "weight_gradient_down")
     for gradient, names in ((False, forward), (True, both)):
-      seconds, moved = around[f"fused|{gradient:d}"]
+      fusions, around_bytes, copies, copy_bytes = around[f"fused|{gradient:d}"]
+      seconds, moved = fusions + copies, around_bytes + copy_bytes
       rows.append({"name": "ours", "gradient": gradient, "around_seconds": seconds,
                    "bytes": moved + sum(kernels[n]["bytes"] for n in names), "lost": lost,
                    "seconds": seconds + sum(kernels[n].get("seconds", float("nan")) for n in names)})
@@ -83,10 +89,8 @@ def compare(topology: str, shape_name: str) -> dict:
   wide, narrow = (shape.d_model, shape.d_expert), (shape.d_expert, shape.d_model)
   scoped = grouped_matmul.SCOPED.get({"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}.get(chip, ""), 16 << 20)
   rows_total = sum(sizes)
-  tiles = {"XLA ragged dot": [grouped_matmul.tiling(rows_total, k, n, shape.num_experts, scoped) for k, n in (wide, narrow)],
-           "megablox 128": [(128, 128, 128)] * 2}
-  if shape.d_model % 1024 == shape.d_expert % 1024 == 0:
-    tiles["megablox 512,1024,1024"] = [(512, 1024, 1024)] * 2
+  computed = [grouped_matmul.tiling(rows_total, k, n, shape.num_experts, scoped) for k, n in (wide, narrow)]
+  tiles = {"XLA ragged dot": computed, "megablox, computed tile": computed, "megablox, 128": [(128, 128, 128)] * 2}
   for name, (tile_in, tile_out) in tiles.items():
     matmuls = [{"sizes": sizes, "k": k, "n": n, "tile": list(tile)} for (k, n), tile in ((wide, tile_in), (narrow, tile_out))]
     estimates = tpu_static.plain_estimate(topology, matmuls)
@@ -99,7 +103,9 @@ def compare(topology: str, shape_name: str) -> dict:
     weight_bytes = 2 * (rows_total * (shape.d_model + shape.d_expert) + matrix)
     weight_seconds = max(2 * visited * shape.d_model * shape.d_expert / peak, weight_bytes / bandwidth)
     for gradient in (False, True):
-      seconds, around_bytes = around[f"ragged_dot|{gradient:d}"]
+      seconds, around_bytes, copies, copy_bytes = around[f"ragged_dot|{gradient:d}"]
+      if name == "XLA ragged dot":
+        seconds, around_bytes = seconds + copies, around_bytes + copy_bytes
       into, out = (3, 3) if gradient else (2, 1)  # the gradient of the rows: one more into, two more out
       rows.append({"name": name, "gradient": gradient, "around_seconds": seconds,
                    "bytes": around_bytes + into * moved[0] + out * moved[1] + 3 * weight_bytes * gradient,

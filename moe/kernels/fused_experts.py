@@ -126,12 +126,13 @@ def _chunk(tile_rows: int, most: int = _CHUNK) -> int:
   return size
 
 
+def transposed_bytes(tile_rows: int, width: int) -> int:
+  """What weight_gradient needs besides its blocks: the tokens of one chunk, transposed."""
+  return _chunk(tile_rows, _GRADIENT_CHUNK) * width * 2
+
+
 def _dot(a, b, contract_a: int = 1, contract_b: int = 0):
   return jax.lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _gelu_and_slope(x):
-  return jax.vjp(jax.nn.gelu, x)
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -344,7 +345,7 @@ def hidden_gradient(visits, grad, token, scale, down, products, *, activation: s
           hidden_rows, weighted = silu * up, back * weights
           results = (weighted * up * (share + silu * (1 - share)), weighted * silu)
         else:
-          hidden_rows, pull = _gelu_and_slope(forward[0])
+          hidden_rows, pull = jax.vjp(jax.nn.gelu, forward[0])
           results = pull(back * weights)
         for ref, value in zip(grads, results):
           ref[at] = value.astype(ref.dtype)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 
 BACKENDS = ("loop", "ragged_dot", "dense", "tokamax")
-_CHUNK_ROWS = 128  # rows of one matmul of the loop; measured by tools/bench/grouped_matmul.py
+_CHUNK_ROWS = (128, 64, 32)  # of one matmul of the loop
 
 
 def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, backend: str) -> jax.Array:
@@ -148,43 +148,59 @@ def _loop_backward(saved, grad_out):
 _loop.defvjp(_loop_forward, _loop_backward)
 
 
+def _for_chunks(begin, size, num_rows: int, body, carry):
+  """Folds body(start, first, rows, carry) over chunks of the rows [begin, begin + size) of an array.
+
+  Whole chunks of 128 rows, then at most one of 64 and one of 32, so that no more than 31 rows are computed in vain. `rows` is
+  static; `first` is the first row that belongs to the chunk, `start` where its slice begins: earlier at the end of the array,
+  where a slice must not stick out. Loops of one trip, because XLA:CPU copies what a conditional carries.
+  """
+  total = (size + _CHUNK_ROWS[-1] - 1) // _CHUNK_ROWS[-1] * _CHUNK_ROWS[-1]
+  done = 0
+  for rows in _CHUNK_ROWS:
+    trips = (total - done) // rows
+
+    def chunk(i, carry, done=done, rows=rows):
+      first, fit = begin + done + i * rows, min(rows, num_rows)
+      return body(jnp.minimum(first, num_rows - fit), first, fit, carry)
+
+    carry = jax.lax.fori_loop(0, trips, chunk, carry)
+    done = done + trips * rows
+  return carry
+
+
 def _loop_rows(lhs, rhs, group_sizes, contract: int):
   """Row i times matrix g(i), contracting axis `contract` of the matrix."""
-  rows = min(_CHUNK_ROWS, lhs.shape[0])
   ends = jnp.cumsum(group_sizes)
 
   def group(g, out):
     matrix = jax.lax.dynamic_index_in_dim(rhs, g, keepdims=False)
     begin, end = ends[g] - group_sizes[g], ends[g]
 
-    def chunk(i, out):
-      # A slice at the end of the array is shifted back; the mask keeps what other groups wrote there.
-      start = jnp.minimum(begin + i * rows, lhs.shape[0] - rows)
+    def chunk(start, first, rows, out):
+      del first
       part = jax.lax.dynamic_slice_in_dim(lhs, start, rows)
       product = jax.lax.dot_general(part, matrix, (((1,), (contract,)), ((), ())),
                                     preferred_element_type=jnp.float32).astype(out.dtype)
-      before = jax.lax.dynamic_slice_in_dim(out, start, rows)
+      before = jax.lax.dynamic_slice_in_dim(out, start, rows)  # what other groups wrote stays
       row = start + jnp.arange(rows)[:, None]
       return jax.lax.dynamic_update_slice_in_dim(
           out, jnp.where((row >= begin) & (row < end), product, before), start, 0)
 
-    return jax.lax.fori_loop(0, (group_sizes[g] + rows - 1) // rows, chunk, out)
+    return _for_chunks(begin, group_sizes[g], lhs.shape[0], chunk, out)
 
   out = jnp.zeros((lhs.shape[0], rhs.shape[2 - contract]), lhs.dtype)
-  return jax.lax.fori_loop(0, rhs.shape[0], group, out)
+  return jax.lax.fori_loop(0, rhs.shape[0], group, out) if lhs.shape[0] else out
 
 
 def _loop_matrices(lhs, grad_out, group_sizes):
   """For each group lhs_g^T @ grad_out_g: [G, K, N] float32."""
-  rows = min(_CHUNK_ROWS, lhs.shape[0])
   ends = jnp.cumsum(group_sizes)
 
   def group(g, out):
     begin, end = ends[g] - group_sizes[g], ends[g]
 
-    def chunk(i, total):
-      first = begin + i * rows
-      start = jnp.minimum(first, lhs.shape[0] - rows)
+    def chunk(start, first, rows, total):
       part = jax.lax.dynamic_slice_in_dim(lhs, start, rows)
       grad = jax.lax.dynamic_slice_in_dim(grad_out, start, rows)
       row = start + jnp.arange(rows)[:, None]
@@ -192,7 +208,7 @@ def _loop_matrices(lhs, grad_out, group_sizes):
       return total + jax.lax.dot_general(part, grad, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
     zero = jnp.zeros((lhs.shape[1], grad_out.shape[1]), jnp.float32)
-    return out.at[g].set(jax.lax.fori_loop(0, (group_sizes[g] + rows - 1) // rows, chunk, zero))
+    return out.at[g].set(_for_chunks(begin, group_sizes[g], lhs.shape[0], chunk, zero))
 
   out = jnp.zeros((group_sizes.shape[0], lhs.shape[1], grad_out.shape[1]), jnp.float32)
-  return jax.lax.fori_loop(0, group_sizes.shape[0], group, out)
+  return jax.lax.fori_loop(0, group_sizes.shape[0], group, out) if lhs.shape[0] else out

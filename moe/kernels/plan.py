@@ -131,7 +131,8 @@ def _fit_tile(shape: Shape, vector_memory: int, tile: int):
     for value in values:
       blocks = base._replace(**dict(zip(fields, value)))
       counted = traffic(shape, blocks, kernels=kernels)
-      if max(counted.vmem.values()) + _SPARE <= vector_memory:
+      spare = _SPARE + (fused_experts.transposed_bytes(tile, shape.d_model) if fields[0] == "gradient" else 0)
+      if max(counted.vmem.values()) + spare <= vector_memory:
         found.append((sum(counted.bytes.values()), tuple(-v for v in value), blocks))
     if not found:
       return None

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe import config
 from moe import layers
 from moe import sharding
 from moe.kernels import fused_experts
@@ -138,15 +139,30 @@ def _on_mesh(local, x, gates, plan: Plan | None, weights: Weights, owned=None):
                        check_vma=False)(x, gates, plan, weights)
 
 
+def kernel_choice(run: config.Run, mesh) -> kernel_plan.Choice:
+  """The kernels that the routed experts of a run get on a mesh.
+
+  Raises:
+    config.ConfigError: a backend is asked for by name that cannot be had there.
+  """
+  m, e, axes = run.model, run.model.experts, mesh.shape
+  tokens = run.data.batch_sequences // run.train.micro_batches * run.data.sequence_tokens // (axes["data"] * axes["fsdp"])
+  shape = kernel_plan.Shape(tokens, m.router.top_k, e.num_experts // axes["expert"], e.num_experts, m.d_model,
+                            e.d_expert // axes["tensor"], m.activation == "swiglu", m.compute_dtype)
+  try:
+    return kernel_plan.choose(e.backend, shape, mesh.devices.flat[0].device_kind)
+  except ValueError as error:
+    raise config.ConfigError(str(error)) from error
+
+
 def _local_experts(x, gates, plan: Plan, weights: Weights, activation: str, backend: str) -> jax.Array:
   """The experts of one device on the tokens it sees."""
   batch, length, width = x.shape
-  top_k = gates.shape[-1]
+  top_k, (owned, _, hidden) = gates.shape[-1], weights.gate.shape
   device, mesh = kernel_plan.current_device_kind(), jax.sharding.get_abstract_mesh()
-  owned, _, hidden = weights.gate.shape
-  total = owned * (1 if mesh.empty else mesh.shape["expert"])
-  shape = kernel_plan.Shape(batch * length, top_k, owned, total, width, hidden, weights.up is not None, x.dtype.name)
-  choice = kernel_plan.choose(backend, shape, device)
+  choice = kernel_plan.choose(backend, kernel_plan.Shape(
+      batch * length, top_k, owned, owned * (1 if mesh.empty else mesh.shape["expert"]), width, hidden,
+      weights.up is not None, x.dtype.name), device)
   if choice.backend == "fused":
     tiles = visits.make(plan.order, plan.inverse, plan.sizes, top_k, choice.blocks.tile_rows)
     out = fused_experts.fused_experts(x.reshape(-1, width), gates.reshape(-1, top_k), tiles, weights, activation=activation,
@@ -155,8 +171,7 @@ def _local_experts(x, gates, plan: Plan, weights: Weights, activation: str, back
   rows = _to_experts(x.reshape(-1, width), plan, top_k)
   gate = grouped_matmul(rows, weights.gate, plan.sizes, backend=choice.backend)
   up = None if weights.up is None else grouped_matmul(rows, weights.up, plan.sizes, backend=choice.backend)
-  out = grouped_matmul(layers.activate(gate, up, activation), weights.down, plan.sizes,
-                       backend=choice.backend)
+  out = grouped_matmul(layers.activate(gate, up, activation), weights.down, plan.sizes, backend=choice.backend)
   parts = _from_experts(out, plan, top_k)  # [T, K, D]
   own = (plan.inverse < jnp.sum(plan.sizes)).reshape(-1, top_k)
   scale = jnp.where(own, gates.reshape(-1, top_k), 0.0)

@@ -30,6 +30,7 @@ import numpy as np
 from moe import checkpoint as checkpoint_lib
 from moe import config
 from moe import evaluate
+from moe import experts
 from moe import generate
 from moe import gin_config
 from moe import metrics as metrics_lib
@@ -41,6 +42,7 @@ from moe.config import ConfigError
 from moe.data import pipeline
 from moe.data import tokenizers
 from moe.data.records import DataError
+from moe.kernels import plan as kernel_plan
 from moe.routing import analysis
 
 OK, USAGE, DATA, CHECKPOINT, NUMERICS, CRASH, PREEMPTED = 0, 2, 3, 4, 5, 13, 143
@@ -313,6 +315,7 @@ def _write_description(run_dir: epath.Path, run: config.Run, resolved: gin_confi
 def _summary(run: config.Run, mesh, title: str) -> str:
   s, r = sizes.sizes(run.model), run.model.router
   axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+  kernels = "einsum" if r.gate == "soft" else kernel_plan.describe(experts.kernel_choice(run, mesh))
   lines = [
       title,
       f"model: {s.total / 1e6:.2f} M parameters, {s.active / 1e6:.2f} M active a token; {run.model.num_layers} layers, "
@@ -322,6 +325,7 @@ def _summary(run: config.Run, mesh, title: str) -> str:
       f"{run.train.micro_batches} micro-batch(es), "
       f"{sizes.flops_per_token(run.model, run.data.sequence_tokens) * run.tokens_per_step / 1e9:,.1f} GFLOP",
       f"mesh: {axes} on {len(mesh.devices.flat)} {mesh.devices.flat[0].platform} device(s), {jax.process_count()} host(s)",
+      f"experts' kernels: {kernels}",
       f"balance: {r.balance_scope}, coefficient {r.balance_coef}"
       + (f", selection bias moved by {r.bias_update_rate} a step" if r.bias_update_rate else ""),
   ]

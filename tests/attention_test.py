@@ -58,7 +58,8 @@ def compare(backend, bias, segments, q, k, v, tolerance, **options):
     np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
 
 
-SPLASH = {"window": (2, 64, {"softcap": 0.0, "window_tokens": 40}), "soft_cap_two_widths": (4, 128, {"softcap": 5.0, "window_tokens": 0})}
+SPLASH = {"window": (2, 64, {"softcap": 0.0, "window_tokens": 40}),
+          "soft_cap_two_widths": (4, 128, {"softcap": 5.0, "window_tokens": 0})}
 
 
 @pytest.mark.parametrize("name", [pytest.param("window", marks=pytest.mark.slow), "soft_cap_two_widths"])

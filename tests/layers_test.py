@@ -1,6 +1,5 @@
 """Norms, rotary positions and attention against library and hand references."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

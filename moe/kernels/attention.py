@@ -46,7 +46,8 @@ def choose(backend: str, platform: str, q_shape, k_shape, v_width: int, softcap:
   return "plain" if reason else backend  # decoding and initialisation have other shapes than training
 
 
-def attention(q, k, v, bias, segment_ids, *, scale: float, softcap: float, window_tokens: int, backend: str = "auto") -> jax.Array:
+def attention(q, k, v, bias, segment_ids, *, scale: float, softcap: float, window_tokens: int,
+              backend: str = "auto") -> jax.Array:
   """Softmax attention; logits and softmax in float32.
 
   Args:

@@ -370,7 +370,8 @@ def hidden_gradient(visits, grad, token, scale, down, products, *, activation: s
   out = _call(
       body, visits, (num, columns // block),
       [_scalars(tile, lambda v, j: v), scale_block, _resident(grad),
-       _Block((1, block, width), lambda visits, v, j: (visits.expert(v), visits.column(v, j, columns // block), 0))] + [row_block] * parts,
+       _Block((1, block, width), lambda visits, v, j: (visits.expert(v), visits.column(v, j, columns // block), 0))]
+      + [row_block] * parts,
       [row_block] * (parts + 1) + [scale_block],
       [rows_shape] * (parts + 1) + [jax.ShapeDtypeStruct(scale.shape, jnp.float32)],
       visits_lib.gather_scratch(tile, width) + [pltpu.VMEM((tile, 128), jnp.float32)] * 2,

@@ -1,6 +1,6 @@
 """Grouped matmul on CPU: ours beside `jax.lax.ragged_dot`, a batched matmul of the same useful work, and PyTorch.
 
-    python -m tools.bench.grouped_matmul                    # 8, 32, 64 experts; forward, and forward with gradient; 1 and 2 cores
+    python -m tools.bench.grouped_matmul              # 8, 32, 64 experts, with and without gradient, 1 and 2 cores
     python -m tools.bench.grouped_matmul --groups=8 --cores=1 --rounds=20
 
 Float32, 4096 rows in groups of multinomial size, [rows, 256] x [groups, 256, 512]. The variants take turns, round by round, in

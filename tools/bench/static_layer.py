@@ -117,8 +117,8 @@ def compare(topology: str, shape_name: str) -> dict:
 
 def table(result: dict) -> str:
   chip = tpu_static.chip_of(result["topology"])
-  lines = [f"{result['topology']}, {result['shape']}: the MoE layer, static estimate ({tpu_static.error_of(chip)}); matmuls alone "
-           f"at the chip's peak {result['flop_seconds'] * 1e3:.2f} ms forward"]
+  lines = [f"{result['topology']}, {result['shape']}: the MoE layer, static estimate ({tpu_static.error_of(chip)}); matmuls "
+           f"alone at the chip's peak {result['flop_seconds'] * 1e3:.2f} ms forward"]
   if result["problem"]:
     lines.append(f"  ours: {result['problem']}")
   for gradient in (False, True):

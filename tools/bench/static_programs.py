@@ -37,9 +37,11 @@ def _kernel(name: str, shape: plan.Shape, blocks: Blocks, num_experts: int, num_
                          (token, packed, into, into)),
       "combine": (lambda v, t, h, w, s: f.combine(v, [(h, w)], t, s, shape.tokens, transposed=False, blocks=blocks),
                   (token, rows, down, scale)),
-      "hidden_gradient": (lambda v, t, x, s, w, g, u: f.hidden_gradient(v, x, t, s, w, (g, u), activation="swiglu", blocks=blocks),
+      "hidden_gradient": (lambda v, t, x, s, w, g, u: f.hidden_gradient(
+          v, x, t, s, w, (g, u), activation="swiglu", blocks=blocks),
                           (token, packed, scale, down, rows, rows)),
-      "combine_gradient": (lambda v, t, h, w: f.combine(v, [(h, w), (h, w)], t, None, shape.tokens, transposed=True, blocks=blocks),
+      "combine_gradient": (lambda v, t, h, w: f.combine(
+          v, [(h, w), (h, w)], t, None, shape.tokens, transposed=True, blocks=blocks),
                            (token, rows, into)),
       "weight_gradient": (lambda v, t, x, h: f.weight_gradient(v, x, t, h, num_experts, transposed=False, blocks=blocks),
                           (token, packed, rows)),

@@ -169,7 +169,8 @@ def measure(topology: str, programs: dict, flag: str = "") -> dict[str, Report]:
       arguments = {"bundles": f"--xla_jf_dump_to={folder}", "profile": f"--xla_jf_dump_static_llo_profile_to={folder}"}
       environment = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu",
                      "LIBTPU_INIT_ARGS": arguments.get(flag, "")}
-      request = {"topology": topology, "programs": waiting, "flag": flag, "dump": folder if flag == "bundles" else "/nonexistent"}
+      dump = folder if flag == "bundles" else "/nonexistent"
+      request = {"topology": topology, "programs": waiting, "flag": flag, "dump": dump}
       child = subprocess.run([sys.executable, "-m", "tools.bench.tpu_static", "--child"], input=json.dumps(request),
                              capture_output=True, text=True, env=environment)
     for line in child.stdout.splitlines():
@@ -374,12 +375,13 @@ def _megabytes(value) -> str:
 
 def print_compile_table(topology: str, reports: dict[str, Report]) -> None:
   print(f"{topology}: compiled, not run")
-  print(f"  {'program':24s} {'sec':>5s} {'VMEM MiB':>8s} {'HBM MiB':>8s} {'code KiB':>8s} {'bundles':>7s} {'spills':>6s}  slots in use")
+  print(f"  {'program':24s} {'sec':>5s} {'VMEM MiB':>8s} {'HBM MiB':>8s} {'code KiB':>8s} {'bundles':>7s} {'spills':>6s}  "
+        "slots in use")
   for name, r in reports.items():
     if r.problem:
       print(f"  {name:24s} does not compile: {r.problem}")
       continue
-    slots = " ".join(f"{k} {v:.0%}" for k, v in (r.slots or {}).items() if ":" not in k and k in ("MXU", "VALU", "VLOAD", "VSTORE"))
+    slots = " ".join(f"{unit} {r.slots[unit]:.0%}" for unit in ("MXU", "VALU", "VLOAD", "VSTORE") if unit in (r.slots or {}))
     print(f"  {name:24s} {r.compile_seconds:5.1f} {_megabytes(r.vmem_bytes):>8s} {_megabytes(r.hbm_peak_bytes):>8s} "
           f"{(r.code_bytes or 0) / 1024:8.0f} {r.bundles or 0:7d} {r.spills or 0:6d}  {slots}")
 
@@ -399,8 +401,8 @@ def print_kernels(topology: str, shape_name: str, names, as_json: bool) -> None:
     print(json.dumps({"topology": topology, "shape": shape_name, "blocks": blocks._asdict(), "estimates": rows,
                       "compiled": {k: dataclasses.asdict(r) for k, r in reports.items()}}))
     return
-  print(f"{shape_name}: {shape.tokens} tokens, top {shape.top_k}, {shape.num_experts} experts, {shape.d_model} x {shape.d_expert}; "
-        + plan.describe(plan.Choice("fused", blocks, "fit")))
+  print(f"{shape_name}: {shape.tokens} tokens, top {shape.top_k}, {shape.num_experts} experts, {shape.d_model} x "
+        f"{shape.d_expert}; " + plan.describe(plan.Choice("fused", blocks, "fit")))
   print_compile_table(topology, reports)
   print(f"  static estimate, {error_of(chip)}; loads multinomial, seed 0")
   print(f"  {'kernel':24s} {'visits':>6s} {'rows':>6s} {'HBM MB':>7s} {'cycles ms':>9s} {'HBM ms':>7s} {'FLOP ms':>7s}")

@@ -42,7 +42,7 @@ LOOKAHEAD = ("expert_choice", "soft")
 
 
 def init(model, seed=0):
-  transformer = model_lib.build(model, "cpu")
+  transformer = model_lib.build(model)
   abstract = jax.eval_shape(lambda key: model_lib.unbox(model_lib.init(transformer, key))[0], jax.random.key(0))
   return transformer, small.params(abstract, seed)
 
@@ -65,7 +65,7 @@ def forward(transformer, params, batch):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_sizes_equal_the_parameter_tree(name):
   model = small.model(**VARIANTS[name])
-  transformer = model_lib.build(model, "cpu")
+  transformer = model_lib.build(model)
   boxed = jax.eval_shape(lambda key: model_lib.init(transformer, key), jax.random.key(0))
   params, specs = model_lib.unbox(boxed)
   assert sum(x.size for x in jax.tree.leaves(params)) == sizes.sizes(model).total
@@ -91,7 +91,7 @@ def test_presets_have_the_published_sizes(name):
   assert s.total == total
   counted = s.active - (model.vocab_size * model.d_model if name == "deepseek_v2_lite" else 0)
   assert abs(counted / 1e9 - active) < 0.06  # published with one decimal, some of them cut off and not rounded
-  transformer = model_lib.build(model, "cpu")
+  transformer = model_lib.build(model)
   params = model_lib.unbox(jax.eval_shape(lambda key: model_lib.init(transformer, key), jax.random.key(0)))[0]
   assert sum(x.size for x in jax.tree.leaves(params)) == total
 
@@ -124,8 +124,8 @@ def dense_moe(x, params, model, mask):
 @pytest.mark.parametrize("backend", ["loop", "ragged_dot", "dense"])
 @pytest.mark.parametrize("factor, policy", [(0.0, "position"), (0.5, "position"), (0.6, "probability")])
 def test_moe_block_equals_dense_reference(backend, factor, policy):
-  model = small.model(experts={"capacity_factor": factor, "drop_policy": policy})
-  block = model_lib.MoEBlock(model, backend)
+  model = small.model(experts={"capacity_factor": factor, "drop_policy": policy, "backend": backend})
+  block = model_lib.MoEBlock(model)
   x = jnp.array(np.random.default_rng(0).normal(size=(3, 16, 16)), jnp.float32)
   context = model_lib.block_context(jnp.array(small.batch(3).segment_ids))
   params = jax.tree.map(jnp.asarray, model_lib.unbox(block.init(jax.random.key(1), x, context))[0])["params"]
@@ -164,7 +164,7 @@ def test_expert_gradient_equals_that_of_the_dense_form():
 def test_scanned_equals_unrolled(name):
   model, batch = small.model(**VARIANTS[name]), small.batch()
   transformer, params = init(model)
-  unrolled = model_lib.build(dataclasses.replace(model, scan_layers=False), "cpu")
+  unrolled = model_lib.build(dataclasses.replace(model, scan_layers=False))
   logits = [forward(t, params, batch)[0] for t in (transformer, unrolled)]
   np.testing.assert_allclose(*logits, atol=4e-6)  # of up to 7, in float32
 
@@ -175,7 +175,7 @@ def test_remat_changes_no_gradient(remat):
   transformer, params = init(model)
   def grad(transformer):
     return jax.grad(lambda p: jnp.mean(jnp.sin(forward(transformer, p, batch)[0])))(params)
-  other = model_lib.build(dataclasses.replace(model, remat=remat), "cpu")
+  other = model_lib.build(dataclasses.replace(model, remat=remat))
   for a, b in zip(jax.tree.leaves(grad(transformer)), jax.tree.leaves(grad(other))):
     np.testing.assert_allclose(a, b, atol=1e-7)
 
@@ -234,7 +234,7 @@ def test_lookahead_leaks_the_future(changes):
   model = small.model(**changes)
   assert model.lookahead
   _, params = init(model)
-  transformer = model_lib.build(model, "cpu", deterministic=False)
+  transformer = model_lib.build(model, deterministic=False)
   batch = small.batch(rows=4, padding=False)
   later = batch.inputs.copy()
   later[:, 8:] = (later[:, 8:] + 7) % 64
@@ -253,14 +253,14 @@ def test_bfloat16_keeps_parameters_and_router_in_float32():
   logits, out = forward(transformer, params, batch)
   assert out.hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
   assert out.stats.probability_sums.dtype == jnp.float32
-  wide = forward(model_lib.build(small.model(), "cpu"), params, batch)[0]
+  wide = forward(model_lib.build(small.model()), params, batch)[0]
   assert 1e-4 < np.abs(logits - wide).mean() < 0.1  # 8 bits of mantissa: differs, and not by much
 
 
 def test_dropout_needs_a_key_and_is_off_by_default():
   model, batch = small.model(dropout=0.3), small.batch()
   _, params = init(model)
-  noisy = model_lib.build(model, "cpu", deterministic=False)
+  noisy = model_lib.build(model, deterministic=False)
   def run(key):
     return noisy.apply({"params": params}, batch.inputs, batch.segment_ids, batch.positions,
                        rngs={"dropout": jax.random.key(key)}).hidden

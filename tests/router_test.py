@@ -26,7 +26,7 @@ PRE_GATE = {"pre_gate": {"d_model": 8, "num_heads": 2, "d_ff": 12}}
 
 
 def init(model, seed=0):
-  transformer = model_lib.build(model, "cpu")
+  transformer = model_lib.build(model)
   abstract = jax.eval_shape(lambda key: model_lib.unbox(model_lib.init(transformer, key))[0], jax.random.key(0))
   return transformer, small.params(abstract, seed)
 

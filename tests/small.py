@@ -66,7 +66,7 @@ def objective_and_gradients(run, batch, seed=0):
   mesh = sharding.make_mesh(run.mesh, jax.devices()[: run.mesh.data * run.mesh.fsdp * run.mesh.expert * run.mesh.tensor])
   with jax.set_mesh(mesh):
     placed = jax.device_put(batch, sharding.batch_sharding(mesh))
-    step = jax.jit(functools.partial(step_lib.loss_and_gradients, run, "cpu"))
+    step = jax.jit(functools.partial(step_lib.loss_and_gradients, run))
     grads, sums = step(params(step_lib.abstract_state(run, mesh).params), placed, jax.random.key(seed))
     return np.asarray(sums["balance"]), float(sums["nll"]), jax.device_get(grads), sums
 

@@ -117,7 +117,7 @@ def test_step_buffer_is_algorithm_1():
   mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
   with jax.set_mesh(mesh):
     params = small.params(step_lib.abstract_state(run, mesh).params)
-    forward = jax.jit(functools.partial(step_lib._forward, run, "cpu"))
+    forward = jax.jit(functools.partial(step_lib._forward, run))
     parts = step_lib.split_micro_batches(jax.tree.map(jnp.array, small.batch()), 4)
     counts, tokens, want = 0, 0, 0
     for i in range(4):

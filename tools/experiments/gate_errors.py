@@ -157,7 +157,7 @@ def _inputs(model: config.Model, seed: int):
   segments = np.ones((ROWS, TOKENS), np.int32)
   segments[1, 9:], segments[5, 13:] = 0, 0
   context = model_lib.block_context(jnp.asarray(segments))
-  block = model_lib.MoEBlock(model, "loop")
+  block = model_lib.MoEBlock(model)
   x = jnp.zeros((ROWS, TOKENS, WIDTH))
   shapes = model_lib.unbox(jax.eval_shape(lambda: block.init(jax.random.key(0), x, context)))[0]["params"]
   params = jax.tree.map(lambda a: rng.normal(size=a.shape) * 0.4, shapes)
@@ -176,7 +176,7 @@ def errors(gate: str, dispatch: str, mesh: config.Mesh, seed: int = 0) -> tuple[
 
   def ours(x, params):
     context = model_lib.block_context(jnp.asarray(segments))
-    out, decision, _ = model_lib.MoEBlock(model, "loop").apply(
+    out, decision, _ = model_lib.MoEBlock(model).apply(
         {"params": params}, sharding.constrain(x, "batch", None, None), context, rngs={"routing": jax.random.key(0)})
     return jnp.vdot(out, jnp.asarray(cotangent, jnp.float32)), (out, decision.stats.dropped)
 

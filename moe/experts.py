@@ -139,18 +139,22 @@ def _on_mesh(local, x, gates, plan: Plan | None, weights: Weights, owned=None):
                        check_vma=False)(x, gates, plan, weights)
 
 
+def kernel_shape(run: config.Run, mesh) -> kernel_plan.Shape:
+  """The routed experts of a run as one device of a mesh sees them."""
+  m, e, axes = run.model, run.model.experts, mesh.shape
+  tokens = run.data.batch_sequences // run.train.micro_batches * run.data.sequence_tokens // (axes["data"] * axes["fsdp"])
+  return kernel_plan.Shape(tokens, m.router.top_k, e.num_experts // axes["expert"], e.num_experts, m.d_model,
+                           e.d_expert // axes["tensor"], m.activation == "swiglu", m.compute_dtype)
+
+
 def kernel_choice(run: config.Run, mesh) -> kernel_plan.Choice:
-  """The kernels that the routed experts of a run get on a mesh.
+  """The kernels that they get.
 
   Raises:
     config.ConfigError: a backend is asked for by name that cannot be had there.
   """
-  m, e, axes = run.model, run.model.experts, mesh.shape
-  tokens = run.data.batch_sequences // run.train.micro_batches * run.data.sequence_tokens // (axes["data"] * axes["fsdp"])
-  shape = kernel_plan.Shape(tokens, m.router.top_k, e.num_experts // axes["expert"], e.num_experts, m.d_model,
-                            e.d_expert // axes["tensor"], m.activation == "swiglu", m.compute_dtype)
   try:
-    return kernel_plan.choose(e.backend, shape, mesh.devices.flat[0].device_kind)
+    return kernel_plan.choose(run.model.experts.backend, kernel_shape(run, mesh), mesh.devices.flat[0].device_kind)
   except ValueError as error:
     raise config.ConfigError(str(error)) from error
 

@@ -220,6 +220,8 @@ def test_choice_by_chip_and_by_name(tmp_path, monkeypatch):
   assert plan_lib.choose("auto", SHAPE, "TPU v6 lite").backend == "ragged_dot"  # no trust in the model there
   assert plan_lib.choose("fused", SHAPE, "TPU v6 lite").blocks.width == 2048
   assert plan_lib.choose("auto", SHAPE._replace(dtype="float32"), "TPU v5 lite").backend == "ragged_dot"
+  with pytest.raises(ValueError, match="'tokamax' needs a TPU and the tokamax package .* the device is cpu"):
+    plan_lib.choose("tokamax", SHAPE, "cpu")
   big = SHAPE._replace(tokens=65536)
   assert "do not fit 64 MiB" in plan_lib.choose("auto", big, "TPU v5").reason
   with pytest.raises(ValueError, match="cannot be had on TPU v5: the tokens .* do not fit"):

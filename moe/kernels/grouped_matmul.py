@@ -122,11 +122,8 @@ _ragged.defvjp(lambda *operands: (_ragged(*operands), operands), _ragged_backwar
 
 
 def _tokamax(lhs, rhs, group_sizes):
-  try:
-    import tokamax
-  except ImportError as error:
-    raise ValueError("grouped_matmul backend 'tokamax' needs the tokamax package (Python >= 3.12; pip install tokamax); "
-                     f"importing it failed: {error}. Use 'ragged_dot' or 'auto'") from error
+  import tokamax  # not in requirements.txt; kernels/plan.py asks for it beforehand
+
   return tokamax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=lhs.dtype, implementation="mosaic_tpu_v2")
 
 

@@ -8,6 +8,7 @@ HBM traffic wins, then the fewest grid steps. It is printed with the config (`de
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -62,7 +63,7 @@ def choose(name: str, shape: Shape, device_kind: str) -> Choice:
   """The backend for a name of `Experts.backend`, on a kind of device (`jax.Device.device_kind`; "cpu" on CPU).
 
   Raises:
-    ValueError: `fused` is asked for and cannot be had; the message says why.
+    ValueError: `fused` or `tokamax` is asked for and cannot be had; the message says why.
   """
   cached = None if name != "auto" else _cached(shape, device_kind)
   if cached:
@@ -75,6 +76,9 @@ def choose(name: str, shape: Shape, device_kind: str) -> Choice:
     return Choice("ragged_dot", None, f"default of {device_kind}")
   else:
     name, why = "fused", "static model"
+  if name == "tokamax" and (device_kind not in _CHIPS or device_kind == "cpu" or not importlib.util.find_spec("tokamax")):
+    raise ValueError("Experts.backend = 'tokamax' needs a TPU and the tokamax package (Python >= 3.12; pip install tokamax); "
+                     f"the device is {device_kind}. Use 'ragged_dot' or 'auto'")
   if name != "fused":
     return Choice(name, None, why)
   blocks, problem = fit(shape, VECTOR_MEMORY.get(_CHIPS.get(device_kind), 0))

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from moe import config
-from moe import layers
 from moe import sharding
 from moe.kernels import fused_experts
 from moe.kernels import plan as kernel_plan
 from moe.kernels import visits
+from moe.kernels.activation import activate
 from moe.kernels.grouped_matmul import grouped_matmul
 from moe.routing.gates import SoftChoice
 
@@ -98,7 +98,7 @@ def apply_soft_experts(x, choice: SoftChoice, weights: Weights, *, activation: s
     rows = jnp.einsum("bsep,bsd->ebpd", choice.dispatch.astype(x.dtype), x)
     gate = jnp.einsum("ebpd,edf->ebpf", rows, weights.gate)
     up = None if weights.up is None else jnp.einsum("ebpd,edf->ebpf", rows, weights.up)
-    out = jnp.einsum("ebpf,efd->ebpd", layers.activate(gate, up, activation), weights.down)
+    out = jnp.einsum("ebpf,efd->ebpd", activate(gate, up, activation), weights.down)
     return jnp.einsum("bsep,ebpd->bsd", choice.combine.astype(x.dtype), out)
 
   def owned(choice, first, count):
@@ -175,7 +175,7 @@ def _local_experts(x, gates, plan: Plan, weights: Weights, activation: str, back
   rows = _to_experts(x.reshape(-1, width), plan, top_k)
   gate = grouped_matmul(rows, weights.gate, plan.sizes, backend=choice.backend)
   up = None if weights.up is None else grouped_matmul(rows, weights.up, plan.sizes, backend=choice.backend)
-  out = grouped_matmul(layers.activate(gate, up, activation), weights.down, plan.sizes, backend=choice.backend)
+  out = grouped_matmul(activate(gate, up, activation), weights.down, plan.sizes, backend=choice.backend)
   parts = _from_experts(out, plan, top_k)  # [T, K, D]
   own = (plan.inverse < jnp.sum(plan.sizes)).reshape(-1, top_k)
   scale = jnp.where(own, gates.reshape(-1, top_k), 0.0)

@@ -88,8 +88,3 @@ def attention_bias(q_positions, k_positions, q_segments, k_segments, window_toke
   if window_tokens:
     mask &= distance < window_tokens
   return jax.lax.optimization_barrier(jnp.where(mask, 0.0, -1e30).astype(jnp.float32))
-
-
-def activate(gate: jax.Array, up: jax.Array | None, kind: str) -> jax.Array:
-  """SwiGLU silu(gate) * up (arXiv 2002.05202), or GELU(gate) where there is no up projection."""
-  return jax.nn.silu(gate) * up if kind == "swiglu" else jax.nn.gelu(gate)

@@ -23,6 +23,7 @@ from moe import experts as experts_lib
 from moe import layers
 from moe import sharding
 from moe.kernels import attention
+from moe.kernels.activation import activate
 from moe.kernels.matmul import matmul
 from moe.routing import balance
 from moe.routing import capacity
@@ -169,7 +170,7 @@ class DenseBlock(_Weights):
     d_model, into = self.model.d_model, ("embed", "hidden")
     gate = matmul(x, self.weight("gate", (d_model, self.hidden), into))
     up = matmul(x, self.weight("up", (d_model, self.hidden), into)) if self.model.activation == "swiglu" else None
-    hidden = layers.activate(gate, up, self.model.activation)
+    hidden = activate(gate, up, self.model.activation)
     return matmul(hidden, self.weight("down", (self.hidden, d_model), ("hidden", "embed"), "residual"))
 
 

@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from moe.kernels import visits as visits_lib
+from moe.kernels.activation import activate
 from moe.kernels.visits import Tiles
 
 # By the static twins of v5e and v5p: 256 rows feed the matrix unit at 0.94 of its rate where a matmul's result is used at
@@ -171,7 +172,7 @@ def hidden(visits, x, token, weights, *, activation: str, blocks: Blocks, residu
         values = [_dot(part, matrix[0, :, pl.ds(start, count)]) for matrix in matrices]
         for ref, value in zip(products, values):
           ref[at] = value.astype(ref.dtype)
-        out[at] = _activate(values, activation).astype(out.dtype)
+        out[at] = activate(values[0], values[-1], activation).astype(out.dtype)
 
       _columns(block, some)
 
@@ -188,12 +189,6 @@ def hidden(visits, x, token, weights, *, activation: str, blocks: Blocks, residu
       [row_block] * outputs, [jax.ShapeDtypeStruct((num * tile, columns), jnp.bfloat16)] * outputs,
       visits_lib.gather_scratch(tile, width), (token, x, *weights), blocks, "experts_hidden",
       pl.CostEstimate(flops=flops, transcendentals=num * tile * columns, bytes_accessed=moved), interpret)
-
-
-def _activate(values, activation: str):
-  if activation == "swiglu":
-    return jax.nn.silu(values[0]) * values[1]
-  return jax.nn.gelu(values[0])
 
 
 def combine(visits, pairs, token, scale, num_tokens: int, *, transposed: bool, blocks: Blocks, interpret=False):

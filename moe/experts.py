@@ -163,7 +163,7 @@ def _local_experts(x, gates, plan: Plan, weights: Weights, activation: str, back
   """The experts of one device on the tokens it sees."""
   batch, length, width = x.shape
   top_k, (owned, _, hidden) = gates.shape[-1], weights.gate.shape
-  device, mesh = kernel_plan.current_device_kind(), jax.sharding.get_abstract_mesh()
+  device, mesh = sharding.current_device().device_kind, jax.sharding.get_abstract_mesh()
   choice = kernel_plan.choose(backend, kernel_plan.Shape(
       batch * length, top_k, owned, owned * (1 if mesh.empty else mesh.shape["expert"]), width, hidden,
       weights.up is not None, x.dtype.name), device)

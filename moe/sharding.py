@@ -76,6 +76,12 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(*logical))
 
 
+def current_device():
+  """What the program is traced for: the devices of the mesh that is set (also of a topology), else the first device there
+  is. Either has `device_kind` and `platform`."""
+  return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
 def data_shards(mesh) -> int:
   """Number of parts the batch axis is split into; 1 without a mesh."""
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES) if not mesh.empty else 1

@@ -16,8 +16,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from moe import sharding
 
-BACKENDS = ("plain", "splash", "dot_product")
-
 
 def choose(backend: str, platform: str, q_shape, k_shape, v_width: int, softcap: float) -> str:
   """The backend for a name of `config.Attention.backend`.
@@ -62,8 +60,7 @@ def attention(q, k, v, bias, segment_ids, *, scale: float, softcap: float, windo
   Returns:
     [B, S, H, d_v] in q's dtype.
   """
-  described = jax.sharding.get_abstract_mesh().abstract_device
-  platform = described.platform if described is not None else jax.default_backend()
+  platform = sharding.current_device().platform
   chosen = choose(backend, platform, q.shape, k.shape, v.shape[-1], softcap)
   if chosen == "splash":
     return _splash(q * scale, k, v, segment_ids, softcap, window_tokens, interpret=platform == "cpu")

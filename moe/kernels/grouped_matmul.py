@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from moe import sharding
+
 BACKENDS = ("loop", "ragged_dot", "dense", "tokamax")
 _CHUNK_ROWS = (128, 64, 32)  # of one matmul of the loop
 
@@ -82,20 +84,15 @@ def tiling(rows: int, contract: int, columns: int, num_groups: int, scoped_bytes
   return m, contract, max(fits, default=128)
 
 
-def _device_kind() -> str:
-  described = jax.sharding.get_abstract_mesh().abstract_device
-  return described.device_kind if described is not None else jax.devices()[0].device_kind
-
-
 def _result(dtype):
   """What to ask of a ragged dot. The TPU's kernel accumulates in float32 whatever its result, and a float32 result would be
   written out and converted in a pass of its own; elsewhere the result's type is also that of the sum."""
-  return dtype if _device_kind() in SCOPED else jnp.float32
+  return dtype if sharding.current_device().device_kind in SCOPED else jnp.float32
 
 
 def _tiled(rows: int, contract: int, columns: int, num_groups: int):
   """A context in which a ragged dot carries its tiling; off TPU, or for odd widths, an empty one."""
-  kind = _device_kind()
+  kind = sharding.current_device().device_kind
   if kind not in SCOPED or contract % 128 or columns % 128:
     return contextlib.nullcontext()
   return set_xla_metadata(ragged_dot_tiling=",".join(map(str, tiling(rows, contract, columns, num_groups, SCOPED[kind]))))

@@ -99,12 +99,6 @@ def describe(choice: Choice) -> str:
   return f"{choice.backend} ({choice.reason}): {fields}"
 
 
-def current_device_kind() -> str:
-  """Of the mesh that is set (also one of a topology), else of the first device."""
-  described = jax.sharding.get_abstract_mesh().abstract_device
-  return described.device_kind if described is not None else jax.devices()[0].device_kind
-
-
 @functools.lru_cache(maxsize=256)
 def fit(shape: Shape, vector_memory: int) -> tuple[Blocks | None, str]:
   """(blocks that fit, '') or (None, reason): each kernel's by least traffic for evenly loaded experts."""

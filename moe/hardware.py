@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import pathlib
 import platform
 import sys
 import time
@@ -75,12 +76,16 @@ def use_huge_pages() -> None:
   os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
+def cache_folder() -> pathlib.Path:
+  """What may be made again: $MOE_CACHE, else ~/.cache/moe."""
+  return pathlib.Path(os.environ.get("MOE_CACHE") or pathlib.Path.home() / ".cache" / "moe")
+
+
 def use_compile_cache() -> None:
-  """Keeps compiled programs in $MOE_COMPILE_CACHE, else in xla/ of the cache folder ($MOE_CACHE, else ~/.cache/moe)."""
+  """Keeps compiled programs in $MOE_COMPILE_CACHE, else in xla/ of the cache folder."""
   import jax
 
-  folder = os.path.join(os.environ.get("MOE_CACHE") or os.path.expanduser("~/.cache/moe"), "xla")
-  jax.config.update("jax_compilation_cache_dir", os.environ.get("MOE_COMPILE_CACHE", folder))
+  jax.config.update("jax_compilation_cache_dir", os.environ.get("MOE_COMPILE_CACHE", str(cache_folder() / "xla")))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 

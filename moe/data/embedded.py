@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import lzma
-import os
 import pathlib
 import re
 import sys
 import sysconfig
 from collections.abc import Iterator
 
+from moe import hardware
 from moe.data import records
 from moe.data.records import DataError, Document
 
@@ -34,8 +34,7 @@ def resolve(path: str) -> pathlib.Path:
   if name not in _CORPORA:
     raise DataError(f"there is no embedded corpus {name!r}; there are {', '.join(_CORPORA)}")
   version, documents = _CORPORA[name]
-  cache = pathlib.Path(os.environ.get("MOE_CACHE") or pathlib.Path.home() / ".cache" / "moe")
-  folder = cache / f"{name}-{version()}"
+  folder = hardware.cache_folder() / f"{name}-{version()}"
   if not folder.exists():
     try:
       records.write_domain(folder, documents())

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe import hardware
 from moe.kernels import fused_experts
 from moe.kernels import visits as visits_lib
 from moe.kernels.fused_experts import Blocks
@@ -177,7 +178,7 @@ def traffic(shape: Shape, blocks: Blocks, sizes=None, kernels=KERNELS, residuals
 
 
 def cache_path() -> pathlib.Path:
-  return pathlib.Path(os.environ.get("MOE_CACHE") or os.path.expanduser("~/.cache/moe")) / "kernels.json"
+  return hardware.cache_folder() / "kernels.json"
 
 
 def cache_key(shape: Shape, device_kind: str) -> str:

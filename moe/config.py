@@ -232,6 +232,7 @@ class Experts(_Checked):
   capacity_group: str = "sequence"  # whose tokens share the slots: a row, or the whole microbatch
   drop_policy: str = "position"  # who keeps a slot: earlier tokens | higher probability | random (both look ahead)
   backend: str = "auto"  # of the matmuls: loop | ragged_dot | dense | fused | tokamax; auto: kernels/plan.py chooses
+  forward_weights: str = ""  # int8 | float8_e4m3fn: the experts' matrices in the forward; their gradient passes through
 
   def check(self):
     _at_least(self, 1, "num_experts", "d_expert")
@@ -239,6 +240,7 @@ class Experts(_Checked):
     _one_of(self, "capacity_group", ("sequence", "microbatch"))
     _one_of(self, "drop_policy", ("position", "probability", "random"))
     _one_of(self, "backend", ("auto", "loop", "ragged_dot", "dense", "fused", "tokamax"))
+    _one_of(self, "forward_weights", ("", "int8", "float8_e4m3fn"))
     if self.shared_gate and not self.d_shared:
       raise ConfigError("Experts.shared_gate needs shared experts; set d_shared > 0")
 

@@ -17,9 +17,11 @@ from moe import config
 from moe import sharding
 from moe.kernels import fused_experts
 from moe.kernels import plan as kernel_plan
+from moe.kernels import quantize
 from moe.kernels import visits
 from moe.kernels.activation import activate
 from moe.kernels.grouped_matmul import grouped_matmul
+from moe.kernels.quantize import Quantized
 from moe.routing.gates import SoftChoice
 
 
@@ -29,6 +31,13 @@ class Weights(NamedTuple):
   gate: jax.Array  # [E, D, F]
   up: jax.Array | None  # [E, D, F]; None for GELU
   down: jax.Array  # [E, F, D]
+
+
+class _Matrices(NamedTuple):
+  """What a device's experts multiply with."""
+
+  weights: Weights
+  quantized: Weights | None  # of `Quantized`: what the forward reads, where it reads 8 bits
 
 
 class Plan(NamedTuple):
@@ -72,7 +81,8 @@ def make_plan(chosen, num_experts: int, slots_in_row: int = 0, slots_in_batch: i
   return jax.shard_map(local, in_specs=tokens, out_specs=tokens, check_vma=False)(chosen)
 
 
-def apply_experts(x, plan: Plan, gates, weights: Weights, *, activation: str, backend: str) -> jax.Array:
+def apply_experts(x, plan: Plan, gates, weights: Weights, *, activation: str, backend: str,
+                  forward_weights: str = "") -> jax.Array:
   """Sum over a token's experts of gate x expert(token).
 
   Args:
@@ -82,19 +92,25 @@ def apply_experts(x, plan: Plan, gates, weights: Weights, *, activation: str, ba
     weights: expert matrices in the compute dtype, [E over expert, D over fsdp, F over tensor].
     activation: swiglu | gelu.
     backend: a name of `config.Experts.backend`; resolved by kernels/plan.py for the devices of the mesh.
+    forward_weights: int8 | float8_e4m3fn rounds the matrices so, with a gradient that passes straight through; "" does not.
 
   Returns:
     [B, S, D] in x's dtype; 0 where a token has no selection.
   """
-  def local(x, gates, plan, weights):
-    return _local_experts(x, gates, plan, weights, activation, backend)
+  def local(x, gates, plan, matrices):
+    return _local_experts(x, gates, plan, matrices, activation, backend)
 
-  return _on_mesh(local, x, gates, plan, weights)
+  quantized = None
+  if forward_weights:
+    quantized = jax.tree.map(lambda w: quantize.quantize(w, forward_weights), weights)
+    weights = jax.tree.map(lambda w: quantize.rounded(w, forward_weights), weights)
+  return _on_mesh(local, x, gates, plan, _Matrices(weights, quantized))
 
 
 def apply_soft_experts(x, choice: SoftChoice, weights: Weights, *, activation: str) -> jax.Array:
   """SoftMoE (arXiv 2308.00951): experts on mixtures of the tokens of a row; arguments as in `apply_experts`."""
-  def local(x, choice, _, weights):
+  def local(x, choice, _, matrices):
+    weights = matrices.weights
     rows = jnp.einsum("bsep,bsd->ebpd", choice.dispatch.astype(x.dtype), x)
     gate = jnp.einsum("ebpd,edf->ebpf", rows, weights.gate)
     up = None if weights.up is None else jnp.einsum("ebpd,edf->ebpf", rows, weights.up)
@@ -104,39 +120,50 @@ def apply_soft_experts(x, choice: SoftChoice, weights: Weights, *, activation: s
   def owned(choice, first, count):
     return SoftChoice(*(jax.lax.dynamic_slice_in_dim(a, first, count, axis=2) for a in choice))
 
-  return _on_mesh(local, x, choice, None, weights, owned)
+  return _on_mesh(local, x, choice, None, _Matrices(weights, None), owned)
 
 
-def _on_mesh(local, x, gates, plan: Plan | None, weights: Weights, owned=None):
-  """Runs `local(x, gates, plan, weights)` for each device's experts, with the collectives around it.
+def _on_mesh(local, x, gates, plan: Plan | None, matrices: _Matrices, owned=None):
+  """Runs `local(x, gates, plan, matrices)` for each device's experts, with the collectives around it.
 
   `gates` is any tree of [B, S, ...] arrays; `owned(gates, first, count)` cuts out the part of a device's experts.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
-    return local(x, gates, plan, weights)
+    return local(x, gates, plan, matrices)
 
-  def device(x, gates, plan, weights):
+  into, out = ("experts", "embed", "hidden"), ("experts", "hidden", "embed")
+  axes = Weights(into, into, out)
+
+  def spec(axes, matrix):
+    """The specification of a matrix; of a quantized one's scales, whose axis 1 is 1 long, too."""
+    if isinstance(matrix, Quantized):
+      return Quantized(sharding.spec(*axes), sharding.spec(axes[0], None, axes[2]))
+    return None if matrix is None else sharding.spec(*axes)
+
+  specs = _Matrices(*(None if group is None else Weights(*map(spec, axes, group)) for group in matrices))
+
+  def whole(spec, matrix):
+    return jax.lax.all_gather(matrix, "fsdp", axis=spec.index("fsdp"), tiled=True) if "fsdp" in spec else matrix
+
+  def device(x, gates, plan, matrices):
     if mesh.shape["fsdp"] > 1:
-      weights = Weights(*(None if w is None else jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
-                          for w, axis in zip(weights, (1, 1, 2))))
+      matrices = jax.tree.map(whole, specs, matrices)
     if mesh.shape["expert"] > 1:
       x, gates = jax.tree.map(lambda a: jax.lax.all_gather(a, "expert", tiled=True), (x, gates))
     if owned is not None:
-      count = weights.gate.shape[0]
+      count = matrices.weights.gate.shape[0]
       gates = owned(gates, jax.lax.axis_index("expert") * count, count)
-    out = local(x, gates, plan, weights)
+    out = local(x, gates, plan, matrices)
     if mesh.shape["tensor"] > 1:
       out = jax.lax.psum(out, "tensor")
     if mesh.shape["expert"] > 1:
       out = jax.lax.psum_scatter(out, "expert", tiled=True)
     return out
 
-  into = sharding.spec("experts", "embed", "hidden")
-  specs = Weights(into, None if weights.up is None else into, sharding.spec("experts", "hidden", "embed"))
   tokens = sharding.spec("batch")
   return jax.shard_map(device, in_specs=(tokens, tokens, tokens, specs), out_specs=tokens,
-                       check_vma=False)(x, gates, plan, weights)
+                       check_vma=False)(x, gates, plan, matrices)
 
 
 def kernel_shape(run: config.Run, mesh) -> kernel_plan.Shape:
@@ -159,8 +186,9 @@ def kernel_choice(run: config.Run, mesh) -> kernel_plan.Choice:
     raise config.ConfigError(str(error)) from error
 
 
-def _local_experts(x, gates, plan: Plan, weights: Weights, activation: str, backend: str) -> jax.Array:
+def _local_experts(x, gates, plan: Plan, matrices: _Matrices, activation: str, backend: str) -> jax.Array:
   """The experts of one device on the tokens it sees."""
+  weights, quantized = matrices
   batch, length, width = x.shape
   top_k, (owned, _, hidden) = gates.shape[-1], weights.gate.shape
   device, mesh = sharding.current_device().device_kind, jax.sharding.get_abstract_mesh()
@@ -170,7 +198,7 @@ def _local_experts(x, gates, plan: Plan, weights: Weights, activation: str, back
   if choice.backend == "fused":
     tiles = visits.make(plan.order, plan.inverse, plan.sizes, top_k, choice.blocks.tile_rows)
     out = fused_experts.fused_experts(x.reshape(-1, width), gates.reshape(-1, top_k), tiles, weights, activation=activation,
-                                      blocks=choice.blocks, interpret=device == "cpu")
+                                      blocks=choice.blocks, forward_weights=quantized, interpret=device == "cpu")
     return out.reshape(x.shape)
   rows = _to_experts(x.reshape(-1, width), plan, top_k)
   gate = grouped_matmul(rows, weights.gate, plan.sizes, backend=choice.backend)

@@ -306,7 +306,7 @@ class MoEBlock(_Weights):
       out = experts_lib.apply_soft_experts(x, decision.choice, weights, activation=m.activation)
     else:
       out = experts_lib.apply_experts(x, decision.plan, decision.choice.weights, weights, activation=m.activation,
-                                      backend=e.backend)
+                                      backend=e.backend, forward_weights=e.forward_weights)
     out = checkpoint_name(out, "experts")
     if e.d_shared:
       shared = DenseBlock(m, e.d_shared, name="shared")(x)

@@ -15,9 +15,9 @@ pytest.importorskip("libtpu", reason="libtpu is in the environment of tools/dev.
 from importlib.metadata import version  # noqa: E402
 
 from moe.kernels import plan  # noqa: E402
-from tools.bench import static_layer  # noqa: E402
+from tools.bench import static_compiler  # noqa: E402
+from tools.bench import static_model  # noqa: E402
 from tools.bench import static_programs  # noqa: E402
-from tools.bench import tpu_static  # noqa: E402
 
 pytestmark = [pytest.mark.tpu, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -27,20 +27,20 @@ BUDGETS = pathlib.Path(__file__).parent / "golden" / "tpu_kernels.json"
 CHIPS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 
 
-def measured(chip: str) -> dict[str, tpu_static.Report]:
+def measured(chip: str) -> dict[str, static_compiler.Report]:
   shape = SMALL if chip == "v4" else SHAPE
   blocks, problem = plan.fit(shape, plan.VECTOR_MEMORY[chip])
   assert blocks is not None, problem
   programs = {name: ("tools.bench.static_programs", "kernel", {"name": name, "shape": shape, "blocks": blocks})
               for name in static_programs.KERNELS}
-  return tpu_static.measure(tpu_static.TOPOLOGIES[chip], programs, "bundles")
+  return static_compiler.measure(static_compiler.TOPOLOGIES[chip], programs, "bundles")
 
 
 def key(chip: str) -> str:
   return f"jax {version('jax')}, libtpu {version('libtpu')}, {chip}"
 
 
-def figures(report: tpu_static.Report) -> dict[str, int]:
+def figures(report: static_compiler.Report) -> dict[str, int]:
   return {"bundles": report.bundles, "spills": report.spills, "code_bytes": report.code_bytes}
 
 
@@ -69,21 +69,21 @@ def make():
   copy = lambda x, o: o.__setitem__(..., x[...])
   return {"too big": (lambda x: pl.pallas_call(copy, out_shape=spec)(x), (spec,)), "fine": (lambda x: x @ x.T, (spec,))}
 """)
-  reports = tpu_static.measure("v5e:1x1", {n: ("tools.bench.tpu_static", "from_spec_file", {"path": str(path), "name": n})
-                                           for n in ("too big", "fine")}, "bundles")
+  programs = {n: ("tools.bench.static_compiler", "from_spec_file", {"path": str(path), "name": n}) for n in ("too big", "fine")}
+  reports = static_compiler.measure("v5e:1x1", programs, "bundles")
   assert "vmem" in reports["too big"].problem and reports["fine"].flops > 0 and reports["fine"].bundles > 0
 
 
 def test_the_twin_reproduces_a_published_time():
   """tokamax 0.0.17, v5p, [524288, 4096] x [128, 4096, 1536], tile 128, 4096, 768: 31.372 ms; the model is within 5% there."""
-  entry = {"sizes": tpu_static.multinomial(524288, 128), "k": 4096, "n": 1536, "tile": [128, 4096, 768]}
-  seconds, = tpu_static.plain_estimate("v5p:1x1x1", [entry])
+  entry = {"sizes": static_model.multinomial(524288, 128), "k": 4096, "n": 1536, "tile": [128, 4096, 768]}
+  seconds, = static_model.plain_estimate("v5p:1x1x1", [entry])
   assert abs(seconds / 31.372e-3 - 1) < 0.05
 
 
 def test_time_of_a_kernel_is_above_its_roofs():
   blocks, _ = plan.fit(SHAPE, plan.VECTOR_MEMORY["v5p"])
-  row, = tpu_static.kernel_estimates("v5p:1x1x1", SHAPE, blocks, ["hidden_forward"])
+  row, = static_model.kernel_estimates("v5p:1x1x1", SHAPE, blocks, ["hidden_forward"])
   assert row["seconds"] >= max(row["hbm_seconds"], row["flop_seconds"])
   assert row["cycle_seconds"] < 3 * row["flop_seconds"]  # nested loops once read as half, a runaway as many times
 
@@ -104,7 +104,7 @@ ENTRY %main (a: f32[1024], b: bf16[64,128]) -> f32[1024] {
 }
 """
   # near reads a; the gather reads as many rows as come out; out reads a and is written
-  assert static_layer.hlo_bytes(text) == (4096 + 2 * 16 * 128 * 2 + 2 * 4096, 0)
+  assert static_compiler.hlo_bytes(text) == (4096 + 2 * 16 * 128 * 2 + 2 * 4096, 0)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ _PACKAGES = {"gin": "gin_config", "orbax": "orbax_checkpoint", "pyarrow": None, 
 _DATA = {"moe_gin_config": ["configs/**/*.gin"], "moe_data_embedded": ["moe/data/corpora/*"],
          "tests_gin_config_test": ["tests/golden/*.txt"],
          "tests_build_file_test": ["BUILD", "requirements.txt", "moe/**/*.py", "tools/**/*.py", "tests/**/*.py"]}
-_SLOW = {"tests_model_test", "tests_step_test", "tests_train_test", "tests_tpu_compile_test", "tests_checkpoint_test",
-         "tests_data_test", "tests_bench_test"}
+_SLOW = {"tests_model_test", "tests_step_test", "tests_train_test", "tests_checkpoint_test", "tests_data_test",
+         "tests_bench_test"}  # and those that need libtpu
 
 _HEAD = '''# Written by `python -m tools.update_build`; do not edit. pip is the normal way in, Bazel the layering check
 # (tools/bazel_check.sh).
@@ -94,7 +94,7 @@ def build_text() -> str:
       lines += ["    deps = [", *(f'        "{dep}",' for dep in deps), "    ],"]
     if is_test:
       lines.append('    timeout = "long",')  # Bazel's own 5 minutes are near for the files that compile most
-    if name in _SLOW:
+    if name in _SLOW or name.startswith("tests_tpu_"):
       lines.append('    tags = ["slow"],')
     blocks.append("\n".join([f"{'py_test' if is_test else 'py_library'}(", *lines, ")\n"]))
   return "\n".join(blocks)

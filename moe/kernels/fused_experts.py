@@ -28,6 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from moe.kernels import visits as visits_lib
 from moe.kernels.activation import activate
+from moe.kernels.quantize import Quantized
 from moe.kernels.visits import Tiles
 
 # By the static twins of v5e and v5p: 256 rows feed the matrix unit at 0.94 of its rate where a matmul's result is used at
@@ -132,6 +133,11 @@ def transposed_bytes(tile_rows: int, width: int) -> int:
   return _chunk(tile_rows, _GRADIENT_CHUNK) * width * 2
 
 
+def _values(weights):
+  """The matrices, and the scales of those that are quantized."""
+  return [w.values if isinstance(w, Quantized) else w for w in weights], [w.scale for w in weights if isinstance(w, Quantized)]
+
+
 def _dot(a, b, contract_a: int = 1, contract_b: int = 0):
   return jax.lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=jnp.float32)
 
@@ -146,18 +152,20 @@ def hidden(visits, x, token, weights, *, activation: str, blocks: Blocks, residu
     visits: `Tiles`, or `Even` for a static twin.
     x: [T + 1, D / 256, 128] uint32 from `visits.pack`.
     token: [V, 1, tile_rows] int32.
-    weights: (gate, up) or (gate,), each [E, D, F] bfloat16.
+    weights: (gate, up) or (gate,), each [E, D, F] bfloat16, or all `Quantized`.
     residuals: also return the products before the activation.
 
   Returns:
     [h, *products], each [V x tile_rows, F] bfloat16; rows past a tile's count (rounded up to the granule) are undefined.
   """
+  weights, scales = _values(weights)
   width, columns = weights[0].shape[1:]
   num, tile, block = token.shape[0], blocks.tile_rows, blocks.hidden
-  parts = len(weights)
+  parts, inputs = len(weights), len(weights) + len(scales)
 
   def body(visits, token, x, *refs):
-    matrices, (out, *products), (staging, gathered) = refs[:parts], refs[parts:-2], refs[-2:]
+    matrices, factors, (out, *products) = refs[:parts], refs[parts:inputs], refs[inputs:-2]
+    staging, gathered = refs[-2:]
     rows = visits.rows(pl.program_id(0))
 
     @pl.when(pl.program_id(1) == 0)
@@ -169,7 +177,9 @@ def hidden(visits, x, token, weights, *, activation: str, blocks: Blocks, residu
 
       def some(start, count):
         at = (pl.ds(offset, size), pl.ds(start, count))
-        values = [_dot(part, matrix[0, :, pl.ds(start, count)]) for matrix in matrices]
+        values = [_dot(part, matrix[0, :, pl.ds(start, count)].astype(part.dtype)) for matrix in matrices]
+        if factors:
+          values = [value * factor[0, :, pl.ds(start, count)] for value, factor in zip(values, factors)]
         for ref, value in zip(products, values):
           ref[at] = value.astype(ref.dtype)
         out[at] = activate(values[0], values[-1], activation).astype(out.dtype)
@@ -181,13 +191,17 @@ def hidden(visits, x, token, weights, *, activation: str, blocks: Blocks, residu
   outputs = 1 + parts * residuals
   row_block = _Block((tile, block), lambda visits, v, j: (visits.tile(v), visits.column(v, j, columns // block)))
   flops = 2 * num * tile * width * columns * parts
-  moved = x.size * 4 + sum(w.size for w in weights) * 2 + outputs * num * tile * columns * 2
+  moved = x.size * 4 + sum(w.size * w.dtype.itemsize for w in weights) + outputs * num * tile * columns * 2
+
+  def column(visits, v, j):
+    return (visits.expert(v), 0, visits.column(v, j, columns // block))
+
   return _call(
       body, visits, (num, columns // block),
       [_scalars(tile, lambda v, j: v), _resident(x)]
-      + [_Block((1, width, block), lambda visits, v, j: (visits.expert(v), 0, visits.column(v, j, columns // block)))] * parts,
+      + [_Block((1, width, block), column)] * parts + [_Block((1, 1, block), column)] * len(scales),
       [row_block] * outputs, [jax.ShapeDtypeStruct((num * tile, columns), jnp.bfloat16)] * outputs,
-      visits_lib.gather_scratch(tile, width), (token, x, *weights), blocks, "experts_hidden",
+      visits_lib.gather_scratch(tile, width), (token, x, *weights, *scales), blocks, "experts_hidden",
       pl.CostEstimate(flops=flops, transcendentals=num * tile * columns, bytes_accessed=moved), interpret)
 
 
@@ -196,7 +210,8 @@ def combine(visits, pairs, token, scale, num_tokens: int, *, transposed: bool, b
 
   Args:
     visits: as in `hidden`.
-    pairs: [(rows [V x tile_rows, F], matrices)], products summed; matrices [E, F, D], or [E, D, F] if `transposed`.
+    pairs: [(rows [V x tile_rows, F], matrices)], products summed; matrices [E, F, D], or `Quantized`, or [E, D, F] if
+      `transposed`.
     token: [V, 1, tile_rows] int32.
     scale: [V, 1, tile_rows] float32 that multiplies each row's product, or None.
     num_tokens: T.
@@ -204,6 +219,8 @@ def combine(visits, pairs, token, scale, num_tokens: int, *, transposed: bool, b
   Returns:
     [T, D] bfloat16, summed in float32 in the order of the visits.
   """
+  matrices, factors = _values([matrix for _, matrix in pairs])
+  pairs = [(rows, matrix) for (rows, _), matrix in zip(pairs, matrices)]
   hidden_size = pairs[0][0].shape[1]
   width = pairs[0][1].shape[1 if transposed else 2]
   num, tile, block, contract = token.shape[0], blocks.tile_rows, blocks.width, blocks.contract
@@ -213,6 +230,8 @@ def combine(visits, pairs, token, scale, num_tokens: int, *, transposed: bool, b
   def body(visits, token, *refs):
     scale_ref = refs[0] if scale is not None else None
     refs = refs[scale is not None:]
+    if factors:
+      factor, *refs = refs
     lhs, rhs = refs[:len(pairs)], refs[len(pairs):2 * len(pairs)]
     out, total, partial, staging = refs[2 * len(pairs):]
     visit, step = pl.program_id(1), pl.program_id(2)
@@ -245,7 +264,9 @@ def combine(visits, pairs, token, scale, num_tokens: int, *, transposed: bool, b
 
     def chunk(offset, size):
       at = pl.ds(offset, size)
-      value = sum(_dot(a[at, :], b[0], 1, 1 if transposed else 0) for a, b in zip(lhs, rhs))
+      value = sum(_dot(a[at, :], b[0].astype(a.dtype), 1, 1 if transposed else 0) for a, b in zip(lhs, rhs))
+      if factors:
+        value = value * factor[0]
       if steps > 1:
         value = jnp.where(step == 0, value, partial[at, :] + value)
         partial[at, :] = value
@@ -284,6 +305,7 @@ def combine(visits, pairs, token, scale, num_tokens: int, *, transposed: bool, b
   return _call(
       body, visits, (width // block, num + num_tokens // write, steps),
       [scalars] * (1 if scale is None else 2)
+      + [_Block((1, 1, block), lambda visits, d, v, f: (visits.expert(last(v)), 0, d))] * len(factors)
       + [_Block((tile, contract), lambda visits, d, v, f: (visits.tile(last(v)), column(visits, v, f)))] * len(pairs)
       + [_Block(rhs_block, rhs_index)] * len(pairs),
       [_Block((write, block), lambda visits, d, v, f: (visits_lib.where(v < num, 0, v - num), d))],
@@ -291,8 +313,8 @@ def combine(visits, pairs, token, scale, num_tokens: int, *, transposed: bool, b
       [pltpu.VMEM((num_tokens + 1, lanes, 128), jnp.float32),
        pltpu.VMEM((max(tile, write) if steps > 1 else write, block), jnp.float32),
        pltpu.VMEM((_chunk(tile) * lanes, 128), jnp.float32)],
-      (token, *([] if scale is None else [scale]), *(p[0] for p in pairs), *(p[1] for p in pairs)), blocks, "experts_combine",
-      pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved), interpret)[0]
+      (token, *([] if scale is None else [scale]), *factors, *(p[0] for p in pairs), *(p[1] for p in pairs)), blocks,
+      "experts_combine", pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved), interpret)[0]
 
 
 def hidden_gradient(visits, grad, token, scale, down, products, *, activation: str, blocks: Blocks, interpret=False):
@@ -430,7 +452,8 @@ def weight_gradient(visits, x, token, rows, num_groups: int, *, transposed: bool
 # --------------------------------------------------------------------------------------------------------------- op
 
 
-def fused_experts(x, gates, tiles: Tiles, weights, *, activation: str, blocks: Blocks, interpret=False) -> jax.Array:
+def fused_experts(x, gates, tiles: Tiles, weights, *, activation: str, blocks: Blocks, forward_weights=None,
+                  interpret=False) -> jax.Array:
   """The experts' block on the tokens of one device, differentiable in x, gates and weights.
 
   Args:
@@ -439,6 +462,7 @@ def fused_experts(x, gates, tiles: Tiles, weights, *, activation: str, blocks: B
     tiles: from `visits.make` with blocks.tile_rows.
     weights: (gate, up, down), up None for GELU; [E, D, F] and [E, F, D] bfloat16.
     activation: swiglu | gelu.
+    forward_weights: `weights` as `Quantized`, which the forward reads in their place; the gradient reads `weights`.
     interpret: as in `pallas_call`.
 
   Returns:
@@ -454,12 +478,13 @@ def fused_experts(x, gates, tiles: Tiles, weights, *, activation: str, blocks: B
   if not tokens:
     return x
   x = jnp.pad(x, ((0, -tokens % 128), (0, 0)))  # row `tokens`, which stands for no row, stays zero
-  return _fused(activation, blocks, interpret, x, gates, tiles, tuple(weights))[:tokens]
+  return _fused(activation, blocks, interpret, x, gates, tiles, tuple(weights),
+                None if forward_weights is None else tuple(forward_weights))[:tokens]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _fused(activation, blocks, interpret, x, gates, tiles, weights):
-  return _forward(activation, blocks, interpret, x, gates, tiles, weights, residuals=False)[0]
+def _fused(activation, blocks, interpret, x, gates, tiles, weights, quantized):
+  return _forward(activation, blocks, interpret, x, gates, tiles, weights, quantized, residuals=False)[0]
 
 
 def _row_scale(gates, tiles: Tiles):
@@ -467,8 +492,8 @@ def _row_scale(gates, tiles: Tiles):
   return jnp.append(gates.reshape(-1), 0.0)[tiles.selection]
 
 
-def _forward(activation, blocks, interpret, x, gates, tiles, weights, residuals: bool = True):
-  gate, up, down = weights
+def _forward(activation, blocks, interpret, x, gates, tiles, weights, quantized, residuals: bool = True):
+  gate, up, down = weights if quantized is None else quantized
   into = (gate,) if up is None else (gate, up)
   packed, scale = visits_lib.pack(x), _row_scale(gates, tiles)
   rows, *products = hidden(tiles, packed, tiles.token, into, activation=activation, blocks=blocks, residuals=residuals,
@@ -489,7 +514,7 @@ def _backward(activation, blocks, interpret, saved, grad):
   grad_into = [weight_gradient(tiles, packed, tiles.token, g, num_experts, transposed=False, **options) for g in grads]
   grad_down = weight_gradient(tiles, packed_grad, tiles.token, scaled, num_experts, transposed=True, **options)
   grad_gates = jnp.append(grad_scale.reshape(-1), 0.0)[tiles.place].reshape(gates.shape)
-  return grad_x, grad_gates, None, (grad_into[0], grad_into[1] if up is not None else None, grad_down)
+  return grad_x, grad_gates, None, (grad_into[0], grad_into[1] if up is not None else None, grad_down), None
 
 
 _fused.defvjp(_forward, _backward)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from moe import hardware
 from moe.kernels import fused_experts
+from moe.kernels import quantize
 from moe.kernels import visits as visits_lib
 from moe.kernels.fused_experts import Blocks
 
@@ -147,7 +148,8 @@ def _fit_tile(shape: Shape, vector_memory: int, tile: int):
 KERNELS = ("hidden", "combine", "hidden_gradient", "combine_gradient", "weight_gradient")
 
 
-def traffic(shape: Shape, blocks: Blocks, sizes=None, kernels=KERNELS, residuals: bool = True) -> visits_lib.Counted:
+def traffic(shape: Shape, blocks: Blocks, sizes=None, kernels=KERNELS, residuals: bool = True,
+            forward_weights: str = "") -> visits_lib.Counted:
   """Counts what the kernels move for these group sizes (default: even ones). Nothing runs."""
   if sizes is None:
     sizes = [min(shape.mean_rows, shape.tokens)] * shape.num_experts
@@ -159,11 +161,14 @@ def traffic(shape: Shape, blocks: Blocks, sizes=None, kernels=KERNELS, residuals
   into = spec((experts, shape.d_model, shape.d_expert), jnp.bfloat16)
   down = spec((experts, shape.d_expert, shape.d_model), jnp.bfloat16)
   rows = spec((num * tile, shape.d_expert), jnp.bfloat16)
+  small = lambda w: quantize.Quantized(spec(w.shape, forward_weights), spec((experts, 1, w.shape[2]), jnp.float32))
+  forward_into, forward_down = (small(into), small(down)) if forward_weights else (into, down)
   parts, activation = (2, "swiglu") if shape.swiglu else (1, "gelu")
   if "hidden" in kernels:
-    fused_experts.hidden(counted, packed, token, (into,) * parts, activation=activation, blocks=blocks, residuals=residuals)
+    fused_experts.hidden(counted, packed, token, (forward_into,) * parts, activation=activation, blocks=blocks,
+                         residuals=residuals)
   if "combine" in kernels:
-    fused_experts.combine(counted, [(rows, down)], token, scale, tokens, transposed=False, blocks=blocks)
+    fused_experts.combine(counted, [(rows, forward_down)], token, scale, tokens, transposed=False, blocks=blocks)
   if "hidden_gradient" in kernels:
     fused_experts.hidden_gradient(counted, packed, token, scale, down, (rows,) * parts, activation=activation, blocks=blocks)
   if "combine_gradient" in kernels:

@@ -4,7 +4,7 @@ Ours and XLA's are the layer of the model (`moe.experts.apply_experts`, routed a
 the program is compiled for the chip; what XLA makes of the operations around the matmuls is costed by the compiler's own
 cycles, the matmuls by their static twins. XLA writes transposed copies of the weights for the gradient of the rows; the
 megablox rows are spared them, because its kernel transposes by itself, and differ by the tile: the one we compute, or its
-default. The transposed grouped matmul of a library's weight gradient has no twin: it counts at the chip's full rate over the
+default (left out for hidden widths over 4096, where its profile takes many minutes). The transposed grouped matmul of a library's weight gradient has no twin: it counts at the chip's full rate over the
 rows it visits, which flatters the libraries.
 tokamax's version 2 has no row: its profile cannot be read (scalars from memory decide its DMA), and its gradient compiles only
 where a TPU is attached.
@@ -12,59 +12,26 @@ where a TPU is attached.
 
 from __future__ import annotations
 
-import re
-
 from moe.kernels import grouped_matmul
 from moe.kernels import plan
-from tools.bench import tpu_static
+from tools.bench import static_model
+from tools.bench.static_compiler import CHIPS
+from tools.bench.static_compiler import chip_of
+from tools.bench.static_compiler import measure
 
 _MODULE = "tools.bench.static_programs"
 
 
-def hlo_bytes(text: str) -> tuple[int, int]:
-  """HBM bytes of a compiled program's operations but its custom calls: (all but copies, copies). What each reads and writes,
-  gathers by what they yield; values that the compiler keeps in vector memory, S(1), count nothing."""
-  entry = text[text.index("\nENTRY "):]
-  sizes, total, copies = {}, 0, 0
-  for line in entry.splitlines():
-    found = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)", line)
-    if not found:
-      continue
-    name, shapes, operation, rest = found.groups()
-    sizes[name] = sum(_size(*shape) for shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?", shapes))
-    if operation in ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "custom-call", "after-all"):
-      continue
-    operands = {o: sizes[o] for o in re.findall(r"%([\w.\-]+)", rest) if o in sizes and o != name}
-    read = sum(operands.values())
-    if "gather" in name and operands:  # rows of the largest operand, as many as come out
-      read += sizes[name] - max(operands.values())
-    if operation == "copy":
-      copies += sizes[name] + read
-    else:
-      total += sizes[name] + read
-  return total, copies
-
-
-def _size(kind: str, dims: str, layout: str) -> int:
-  bits = re.search(r"\d+$", kind)
-  if layout and "S(1)" in layout:
-    return 0
-  count = 1
-  for dim in filter(None, dims.split(",")):
-    count *= int(dim)
-  return count * (int(bits[0]) if bits else 8) // 8
-
-
 def compare(topology: str, shape_name: str) -> dict:
   """{"rows": [{name, gradient, bytes, seconds, ...}], "floor": {...}} of one shape on one chip."""
-  shape, chip = plan.Shape(*tpu_static.SHAPES[shape_name]), tpu_static.chip_of(topology)
-  clock, bandwidth, peak = tpu_static.CHIPS[chip]
-  sizes = tpu_static.multinomial(shape.tokens * shape.top_k, shape.num_experts)
+  shape, chip = plan.Shape(*static_model.SHAPES[shape_name]), chip_of(topology)
+  clock, bandwidth, peak = CHIPS[chip]
+  sizes = static_model.multinomial(shape.tokens * shape.top_k, shape.num_experts)
   blocks, problem = plan.fit(shape, plan.VECTOR_MEMORY[chip])
   programs = {f"{backend}|{gradient:d}": (_MODULE, "layer", {"shape": shape, "backend": backend, "gradient": gradient})
               for backend in (("fused",) if blocks else ()) + ("ragged_dot",) for gradient in (False, True)}
   around = {}
-  for name, report in tpu_static.measure(topology, programs, "hlo").items():
+  for name, report in measure(topology, programs, "hlo").items():
     if report.problem:
       raise RuntimeError(f"{name} does not compile for {topology}: {report.problem}")
     fusions, copies = (sum(v for k, v in report.cycles.items() if k.startswith(kind)) / clock for kind in ("fusion", "copy"))
@@ -72,7 +39,7 @@ def compare(topology: str, shape_name: str) -> dict:
 
   rows = []
   if blocks:
-    kernels = {row["kernel"]: row for row in tpu_static.kernel_estimates(
+    kernels = {row["kernel"]: row for row in static_model.kernel_estimates(
         topology, shape, blocks, ("hidden_forward", "hidden", "combine", "hidden_gradient", "combine_gradient",
                                   "weight_gradient", "weight_gradient_down"))}
     lost = [f"{k}: {row['problem']}" for k, row in kernels.items() if "problem" in row]
@@ -91,14 +58,16 @@ def compare(topology: str, shape_name: str) -> dict:
   rows_total = sum(sizes)
   computed = [grouped_matmul.tiling(rows_total, k, n, shape.num_experts, scoped) for k, n in (wide, narrow)]
   tiles = {"XLA ragged dot": computed, "megablox, computed tile": computed, "megablox, 128": [(128, 128, 128)] * 2}
+  if shape.d_expert > 4096:
+    tiles.pop("megablox, 128")
   for name, (tile_in, tile_out) in tiles.items():
     matmuls = [{"sizes": sizes, "k": k, "n": n, "tile": list(tile)} for (k, n), tile in ((wide, tile_in), (narrow, tile_out))]
-    estimates = tpu_static.plain_estimate(topology, matmuls)
+    estimates = static_model.plain_estimate(topology, matmuls)
     if any(isinstance(e, str) for e in estimates):
       rows.append({"name": name, "gradient": False, "problem": next(e for e in estimates if isinstance(e, str))})
       continue
-    moved = [tpu_static.plain_bytes(sizes, m["k"], m["n"], m["tile"]) for m in matmuls]
-    visited = tpu_static.plain_visits(sizes, tile_in[0]) * tile_in[0]
+    moved = [static_model.plain_bytes(sizes, m["k"], m["n"], m["tile"]) for m in matmuls]
+    visited = static_model.plain_visits(sizes, tile_in[0]) * tile_in[0]
     matrix = shape.num_experts * shape.d_model * shape.d_expert
     weight_bytes = 2 * (rows_total * (shape.d_model + shape.d_expert) + matrix)
     weight_seconds = max(2 * visited * shape.d_model * shape.d_expert / peak, weight_bytes / bandwidth)
@@ -110,14 +79,14 @@ def compare(topology: str, shape_name: str) -> dict:
       rows.append({"name": name, "gradient": gradient, "around_seconds": seconds,
                    "bytes": around_bytes + into * moved[0] + out * moved[1] + 3 * weight_bytes * gradient,
                    "seconds": seconds + into * estimates[0] + out * estimates[1] + 3 * weight_seconds * gradient})
-  floor = {str(gradient): tpu_static.layer_floor(shape, gradient) for gradient in (False, True)}
+  floor = {str(gradient): static_model.layer_floor(shape, gradient) for gradient in (False, True)}
   return {"topology": topology, "shape": shape_name, "floor": floor, "rows": rows, "problem": problem,
           "flop_seconds": 6 * rows_total * shape.d_model * shape.d_expert / peak}
 
 
 def table(result: dict) -> str:
-  chip = tpu_static.chip_of(result["topology"])
-  lines = [f"{result['topology']}, {result['shape']}: the MoE layer, static estimate ({tpu_static.error_of(chip)}); matmuls "
+  chip = chip_of(result["topology"])
+  lines = [f"{result['topology']}, {result['shape']}: the MoE layer, static estimate ({static_model.error_of(chip)}); matmuls "
            f"alone at the chip's peak {result['flop_seconds'] * 1e3:.2f} ms forward"]
   if result["problem"]:
     lines.append(f"  ours: {result['problem']}")

@@ -18,6 +18,7 @@ from moe.kernels import fused_experts
 from moe.kernels import plan
 from moe.kernels import visits as visits_lib
 from moe.kernels.fused_experts import Blocks
+from moe.kernels.quantize import Quantized
 
 _spec = jax.ShapeDtypeStruct
 
@@ -30,7 +31,12 @@ def _kernel(name: str, shape: plan.Shape, blocks: Blocks, num_experts: int, num_
   into = _spec((num_experts, shape.d_model, shape.d_expert), dtype)
   down = _spec((num_experts, shape.d_expert, shape.d_model), dtype)
   rows = _spec((num_tiles * tile, shape.d_expert), dtype)
+  small = lambda w: Quantized(_spec(w.shape, jnp.int8), _spec((w.shape[0], 1, w.shape[2]), jnp.float32))
   f, kernel = fused_experts, {
+      "hidden_int8": (lambda v, t, x, g, u: f.hidden(v, x, t, (g, u), activation="swiglu", blocks=blocks, residuals=False),
+                      (token, packed, small(into), small(into))),
+      "combine_int8": (lambda v, t, h, w, s: f.combine(v, [(h, w)], t, s, shape.tokens, transposed=False, blocks=blocks),
+                       (token, rows, small(down), scale)),
       "hidden": (lambda v, t, x, g, u: f.hidden(v, x, t, (g, u), activation="swiglu", blocks=blocks, residuals=True),
                  (token, packed, into, into)),
       "hidden_forward": (lambda v, t, x, g, u: f.hidden(v, x, t, (g, u), activation="swiglu", blocks=blocks, residuals=False),
@@ -56,8 +62,9 @@ def _kernel(name: str, shape: plan.Shape, blocks: Blocks, num_experts: int, num_
           (*table, *arguments))
 
 
-KERNELS = ("hidden", "combine", "hidden_gradient", "combine_gradient", "weight_gradient", "weight_gradient_down")
-MATMULS = {"hidden": 2, "hidden_forward": 2, "combine_gradient": 2}  # of T x K x D x F multiplications; others 1
+KERNELS = ("hidden", "combine", "hidden_gradient", "combine_gradient", "weight_gradient", "weight_gradient_down", "hidden_int8",
+           "combine_int8")
+MATMULS = {"hidden": 2, "hidden_forward": 2, "hidden_int8": 2, "combine_gradient": 2}  # of T x K x D x F; others 1
 
 
 def kernel(name: str, shape, blocks):

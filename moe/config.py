@@ -232,11 +232,15 @@ class Experts(_Checked):
   capacity_group: str = "sequence"  # whose tokens share the slots: a row, or the whole microbatch
   drop_policy: str = "position"  # who keeps a slot: earlier tokens | higher probability | random (both look ahead)
   backend: str = "auto"  # of the matmuls: loop | ragged_dot | dense | fused | tokamax; auto: kernels/plan.py chooses
+  dispatch: str = "auto"  # all_gather | all_to_all: how tokens reach their experts; auto: all_to_all if expert > top_k
+  buffer_factor: float = 1.5  # receive buffers of all_to_all over the mean; what is beyond takes further rounds
+  overlap_degree: int = 1  # chunks of tokens whose transfers may run beside other chunks' matmuls
   forward_weights: str = ""  # int8 | float8_e4m3fn: the experts' matrices in the forward; their gradient passes through
 
   def check(self):
-    _at_least(self, 1, "num_experts", "d_expert")
+    _at_least(self, 1, "num_experts", "d_expert", "overlap_degree", "buffer_factor")
     _at_least(self, 0, "d_shared", "capacity_factor")
+    _one_of(self, "dispatch", ("auto", "all_gather", "all_to_all"))
     _one_of(self, "capacity_group", ("sequence", "microbatch"))
     _one_of(self, "drop_policy", ("position", "probability", "random"))
     _one_of(self, "backend", ("auto", "loop", "ragged_dot", "dense", "fused", "tokamax"))
@@ -337,19 +341,24 @@ class Model(_Checked):
 class Mesh(_Checked):
   """Sizes of the mesh axes; their product is the number of devices, and one of them may be -1 (the rest).
 
-  The batch is split over data x fsdp x expert; parameters over fsdp, experts over expert, heads and hidden widths
-  over tensor.
+  The batch is split over slice x data x fsdp x expert, each sequence over context; parameters over fsdp x context, experts
+  over expert, heads and hidden widths over tensor (moe/sharding.py).
   """
 
+  slice: int = 1
+  stage: int = 1
   data: int = 1
   fsdp: int = 1
   expert: int = 1
+  context: int = 1
   tensor: int = 1
 
   def check(self):
     sizes = dataclasses.asdict(self)
     if any(n == 0 or n < -1 for n in sizes.values()) or list(sizes.values()).count(-1) > 1:
       raise ConfigError(f"Mesh {sizes}: sizes are positive, and at most one is -1")
+    if self.stage != 1:
+      raise ConfigError(f"Mesh.stage = {self.stage}: the axis is reserved for pipeline stages, which are not built; use 1")
 
 
 @_dataclass

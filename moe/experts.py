@@ -1,19 +1,31 @@
 """The routed experts on a mesh: the one `shard_map` of the project.
 
-Tokens arrive split over (data, fsdp, expert). Within a group of devices that share an `expert` axis every device
-gathers the group's tokens, runs the experts it owns on the selections that are theirs, and the partial sums are
-reduce-scattered back to the tokens' owners. This all-gather dispatch is exact for any imbalance. Weights are gathered
-over `fsdp` inside, so that their gradients leave by reduce-scatter, not by all-reduce.
+Every device starts with tokens of its own: the batch is split over (slice, data, fsdp, expert), each sequence over
+(context, tensor). The devices along `expert` own different experts, those along `tensor` a share of each expert's hidden
+width, so tokens travel between the devices of a group, expert x tensor:
+
+    all_gather   every device gets all tokens of the group, runs its experts on the selections that are theirs, and the partial
+                 sums are reduce-scattered: exact for any imbalance, cheapest while the group is no larger than top_k
+    all_to_all   each selection goes to the device of its expert (`ragged_all_to_all`; exchange.py has the offsets), is
+                 gathered over `tensor` there, and comes back. Receive buffers are bounded at `Experts.buffer_factor` times
+                 the mean; what does not fit goes in further rounds, so that this too is exact for any imbalance
+
+Both may be cut into `Experts.overlap_degree` chunks, so that one chunk's transfers can run beside another's matmuls.
+Weights are gathered over (fsdp, context) once, inside: so their gradients leave by reduce-scatter, not by all-reduce.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from moe import config
+from moe import exchange
 from moe import sharding
 from moe.kernels import fused_experts
 from moe.kernels import plan as kernel_plan
@@ -41,99 +53,164 @@ class _Matrices(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """The sorted order of the selections, for the experts of each device; made once and used by any number of layers.
+  """The sorted order of the selections of one chunk; made once and used by any number of layers.
 
-  R rows: no more than T x K, nor than the slots that capacity leaves to a device's experts. With a mesh the arrays of
-  all devices stand one after the other.
+  The T tokens are those a device sees: all of its group for `all_gather`, its own for `all_to_all`. R rows: no more than
+  T x K, nor than the slots that capacity leaves. With a mesh the arrays of all devices stand one after the other.
   """
 
   order: jax.Array  # [R] int32, selections (token x K + choice) by expert
   inverse: jax.Array  # [T x K] int32, row of each selection; R or more where this device does not carry it out
-  sizes: jax.Array  # [E owned] int32, rows of each expert; rows past their sum belong to nobody
+  sizes: jax.Array  # [E] int32, rows of each expert: of those owned, or for `all_to_all` of all
+  counts: jax.Array | None = None  # [devices of the group, E] int32, `all_to_all`: the sizes of every device
 
 
-def make_plan(chosen, num_experts: int, slots_in_row: int = 0, slots_in_batch: int = 0) -> Plan:
-  """Sorts the selections by expert, for the experts each device owns.
+class _Layout(NamedTuple):
+  """How the tokens of a device reach the experts of its group; static."""
+
+  dispatch: str  # all_gather | all_to_all
+  tokens: PartitionSpec  # of [B, S, ...]
+  group: tuple[str, ...]  # axes over which tokens travel
+  summed: tuple[str, ...]  # axes over which partial results are summed at once, where tokens could not be split
+  members: int  # devices along expert
+  chunks: int
+  bound: int  # rows of a receive buffer
+
+
+def layout(mesh, rows: int, length: int, top_k: int, experts: config.Experts) -> _Layout:
+  """The layout for [rows, length] tokens in all.
+
+  `auto` takes all_to_all where more devices share the experts than a token has experts: that is where it moves less.
+  """
+  if mesh.empty:
+    return _Layout("all_gather", PartitionSpec(), (), (), 1, 1, 0)
+  split = length % sharding.parts("part", mesh) == 0  # not when decoding a token at a time
+  tensor = sharding.axes_of("hidden", mesh)
+  group = sharding.axes_of("experts", mesh) + (tensor if split else ())
+  members = mesh.shape["expert"]
+  dispatch = experts.dispatch
+  if dispatch == "auto":
+    dispatch = "all_to_all" if members > top_k else "all_gather"
+  if not split or members == 1:
+    dispatch = "all_gather"
+  tokens = rows * length // (sharding.parts("batch", mesh) * (sharding.parts("part", mesh) if split else 1))
+  chunks = math.gcd(experts.overlap_degree, tokens) if group else 1
+  selections = tokens // chunks * top_k
+  bound = min(-(-int(experts.buffer_factor * selections) // 8) * 8, members * selections)
+  spec = sharding.spec("batch", "part") if split else sharding.spec("batch")
+  return _Layout(dispatch, spec, group, () if split else tensor, members, chunks, bound)
+
+
+_DEVICES = PartitionSpec(sharding.AXES)
+
+
+def make_plan(chosen, experts: config.Experts, slots_in_row: int = 0, slots_in_batch: int = 0) -> tuple[Plan, ...]:
+  """Sorts the selections by expert, for every chunk.
 
   Args:
     chosen: [B, S, K] int32, split over the batch axes of the mesh that is set (or no mesh); `num_experts` where a
       selection is not carried out (dropped, or padding).
-    num_experts: E.
+    experts: num_experts and how they are shared.
     slots_in_row: bound on an expert's selections in one row of B; 0: none.
     slots_in_batch: the same for all rows together.
   """
-  mesh = jax.sharding.get_abstract_mesh()
+  mesh, num_experts = jax.sharding.get_abstract_mesh(), experts.num_experts
+  lay = layout(mesh, *chosen.shape, experts)
 
   def local(chosen):
-    owned = num_experts // (1 if mesh.empty else mesh.shape["expert"])
+    rows = chosen.shape[0] * (lay.members if lay.dispatch == "all_gather" else 1)
+    most = slots_in_row * rows or slots_in_batch
+    return tuple(map(functools.partial(chunk, most), jnp.split(chosen.reshape(-1, chosen.shape[-1]), lay.chunks)))
+
+  def chunk(most, chosen):
+    if lay.dispatch == "all_to_all":
+      order, inverse, sizes = _sort(chosen.reshape(-1), num_experts, most)
+      return Plan(order, inverse, sizes, jax.lax.all_gather(sizes, lay.group))
+    owned = num_experts // lay.members
+    if lay.group:
+      chosen = jax.lax.all_gather(chosen, lay.group, tiled=True)
     if owned < num_experts:
-      mine = jax.lax.all_gather(chosen, "expert", tiled=True) - jax.lax.axis_index("expert") * owned
+      mine = chosen - jax.lax.axis_index("expert") * owned
       chosen = jnp.where((mine >= 0) & (mine < owned), mine, owned)
-    keys = chosen.reshape(-1)
-    rows = min(keys.size, owned * (slots_in_row * chosen.shape[0] or slots_in_batch or keys.size))
-    order = jnp.argsort(keys, stable=True)
-    sizes = jnp.sum(jax.nn.one_hot(keys, owned, dtype=jnp.int32), 0)
-    return Plan(order[:rows], jnp.argsort(order), sizes)
+    return Plan(*_sort(chosen.reshape(-1), owned, most))
 
   if mesh.empty:
     return local(chosen)
-  tokens = sharding.spec("batch")
-  return jax.shard_map(local, in_specs=tokens, out_specs=tokens, check_vma=False)(chosen)
+  return jax.shard_map(local, in_specs=lay.tokens, out_specs=_DEVICES, check_vma=False)(chosen)
 
 
-def apply_experts(x, plan: Plan, gates, weights: Weights, *, activation: str, backend: str,
-                  forward_weights: str = "") -> jax.Array:
+def _sort(keys, num_experts: int, most: int):
+  """(order, inverse, sizes) of expert numbers, `num_experts` standing for none, at most `most` of an expert (0: any)."""
+  order = jnp.argsort(keys, stable=True)
+  sizes = jnp.sum(jax.nn.one_hot(keys, num_experts, dtype=jnp.int32), 0)
+  return order[:min(keys.size, num_experts * (most or keys.size))], jnp.argsort(order), sizes
+
+
+def apply_experts(x, plans: tuple[Plan, ...], gates, weights: Weights, *, activation: str,
+                  experts: config.Experts) -> jax.Array:
   """Sum over a token's experts of gate x expert(token).
 
   Args:
     x: [B, S, D] in the compute dtype, split over the batch axes of the mesh that is set (or no mesh).
-    plan: from `make_plan`.
+    plans: from `make_plan`.
     gates: [B, S, K] float32.
-    weights: expert matrices in the compute dtype, [E over expert, D over fsdp, F over tensor].
+    weights: expert matrices in the compute dtype, [E over expert, D over fsdp and context, F over tensor].
     activation: swiglu | gelu.
-    backend: a name of `config.Experts.backend`; resolved by kernels/plan.py for the devices of the mesh.
-    forward_weights: int8 | float8_e4m3fn rounds the matrices so, with a gradient that passes straight through; "" does not.
+    experts: `backend` is resolved by kernels/plan.py for the devices of the mesh; `forward_weights` rounds the matrices, with a
+      gradient that passes straight through.
 
   Returns:
     [B, S, D] in x's dtype; 0 where a token has no selection.
   """
-  def local(x, gates, plan, matrices):
-    return _local_experts(x, gates, plan, matrices, activation, backend)
-
+  mesh, width, top_k = jax.sharding.get_abstract_mesh(), x.shape[-1], gates.shape[-1]
+  lay = layout(mesh, *gates.shape, experts)
   quantized = None
-  if forward_weights:
-    quantized = jax.tree.map(lambda w: quantize.quantize(w, forward_weights), weights)
-    weights = jax.tree.map(lambda w: quantize.rounded(w, forward_weights), weights)
-  return _on_mesh(local, x, gates, plan, _Matrices(weights, quantized))
+  if experts.forward_weights:
+    quantized = jax.tree.map(lambda w: quantize.quantize(w, experts.forward_weights), weights)
+    weights = jax.tree.map(lambda w: quantize.rounded(w, experts.forward_weights), weights)
+  chunk = {"all_gather": _all_gather, "all_to_all": _all_to_all}[lay.dispatch]
+
+  def local(x, gates, plans, matrices):
+    compute = functools.partial(_experts, matrices=matrices, activation=activation, backend=experts.backend)
+    parts = zip(jnp.split(x.reshape(-1, width), lay.chunks), jnp.split(gates.reshape(-1, top_k), lay.chunks), plans)
+    out = [chunk(x, gates, plan, lay, compute) for x, gates, plan in parts]
+    return jnp.concatenate(out).reshape(x.shape)
+
+  return _on_mesh(local, lay.tokens, x, gates, plans, _Matrices(weights, quantized))
 
 
 def apply_soft_experts(x, choice: SoftChoice, weights: Weights, *, activation: str) -> jax.Array:
   """SoftMoE (arXiv 2308.00951): experts on mixtures of the tokens of a row; arguments as in `apply_experts`."""
+  mesh = jax.sharding.get_abstract_mesh()
+
   def local(x, choice, _, matrices):
-    weights = matrices.weights
+    weights, count = matrices.weights, matrices.weights.gate.shape[0]
+    if not mesh.empty and mesh.shape["expert"] > 1:
+      x, choice = jax.tree.map(lambda a: jax.lax.all_gather(a, "expert", tiled=True), (x, choice))
+      first = jax.lax.axis_index("expert") * count
+      choice = SoftChoice(*(jax.lax.dynamic_slice_in_dim(a, first, count, axis=2) for a in choice))
     rows = jnp.einsum("bsep,bsd->ebpd", choice.dispatch.astype(x.dtype), x)
     gate = jnp.einsum("ebpd,edf->ebpf", rows, weights.gate)
     up = None if weights.up is None else jnp.einsum("ebpd,edf->ebpf", rows, weights.up)
     out = jnp.einsum("ebpf,efd->ebpd", activate(gate, up, activation), weights.down)
-    return jnp.einsum("bsep,ebpd->bsd", choice.combine.astype(x.dtype), out)
+    out = jnp.einsum("bsep,ebpd->bsd", choice.combine.astype(x.dtype), out)
+    if not mesh.empty and mesh.shape["tensor"] > 1:
+      out = jax.lax.psum(out, "tensor")
+    if not mesh.empty and mesh.shape["expert"] > 1:
+      out = jax.lax.psum_scatter(out, "expert", tiled=True)
+    return out
 
-  def owned(choice, first, count):
-    return SoftChoice(*(jax.lax.dynamic_slice_in_dim(a, first, count, axis=2) for a in choice))
-
-  return _on_mesh(local, x, choice, None, _Matrices(weights, None), owned)
+  tokens = PartitionSpec() if mesh.empty else sharding.spec("batch")  # whole rows
+  return _on_mesh(local, tokens, x, choice, None, _Matrices(weights, None))
 
 
-def _on_mesh(local, x, gates, plan: Plan | None, matrices: _Matrices, owned=None):
-  """Runs `local(x, gates, plan, matrices)` for each device's experts, with the collectives around it.
-
-  `gates` is any tree of [B, S, ...] arrays; `owned(gates, first, count)` cuts out the part of a device's experts.
-  """
+def _on_mesh(local, tokens: PartitionSpec, x, gates, plans, matrices: _Matrices):
+  """Runs `local(x, gates, plans, matrices)` on every device, with the matrices gathered over the axes that split `embed`."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
-    return local(x, gates, plan, matrices)
-
+    return local(x, gates, plans, matrices)
   into, out = ("experts", "embed", "hidden"), ("experts", "hidden", "embed")
-  axes = Weights(into, into, out)
+  split = sharding.axes_of("embed", mesh)
 
   def spec(axes, matrix):
     """The specification of a matrix; of a quantized one's scales, whose axis 1 is 1 long, too."""
@@ -141,37 +218,32 @@ def _on_mesh(local, x, gates, plan: Plan | None, matrices: _Matrices, owned=None
       return Quantized(sharding.spec(*axes), sharding.spec(axes[0], None, axes[2]))
     return None if matrix is None else sharding.spec(*axes)
 
-  specs = _Matrices(*(None if group is None else Weights(*map(spec, axes, group)) for group in matrices))
+  specs = _Matrices(*(None if group is None else Weights(*map(spec, (into, into, out), group)) for group in matrices))
+  embed = sharding.TABLE["embed"]
 
   def whole(spec, matrix):
-    return jax.lax.all_gather(matrix, "fsdp", axis=spec.index("fsdp"), tiled=True) if "fsdp" in spec else matrix
+    return jax.lax.all_gather(matrix, split, axis=spec.index(embed), tiled=True) if embed in spec else matrix
 
-  def device(x, gates, plan, matrices):
-    if mesh.shape["fsdp"] > 1:
-      matrices = jax.tree.map(whole, specs, matrices)
-    if mesh.shape["expert"] > 1:
-      x, gates = jax.tree.map(lambda a: jax.lax.all_gather(a, "expert", tiled=True), (x, gates))
-    if owned is not None:
-      count = matrices.weights.gate.shape[0]
-      gates = owned(gates, jax.lax.axis_index("expert") * count, count)
-    out = local(x, gates, plan, matrices)
-    if mesh.shape["tensor"] > 1:
-      out = jax.lax.psum(out, "tensor")
-    if mesh.shape["expert"] > 1:
-      out = jax.lax.psum_scatter(out, "expert", tiled=True)
-    return out
+  def device(x, gates, plans, matrices):
+    return local(x, gates, plans, jax.tree.map(whole, specs, matrices) if split else matrices)
 
-  tokens = sharding.spec("batch")
-  return jax.shard_map(device, in_specs=(tokens, tokens, tokens, specs), out_specs=tokens,
-                       check_vma=False)(x, gates, plan, matrices)
+  return jax.shard_map(device, in_specs=(tokens, tokens, _DEVICES, specs), out_specs=tokens,
+                       check_vma=False)(x, gates, plans, matrices)
 
 
 def kernel_shape(run: config.Run, mesh) -> kernel_plan.Shape:
-  """The routed experts of a run as one device of a mesh sees them."""
-  m, e, axes = run.model, run.model.experts, mesh.shape
-  tokens = run.data.batch_sequences // run.train.micro_batches * run.data.sequence_tokens // (axes["data"] * axes["fsdp"])
-  return kernel_plan.Shape(tokens, m.router.top_k, e.num_experts // axes["expert"], e.num_experts, m.d_model,
-                           e.d_expert // axes["tensor"], m.activation == "swiglu", m.compute_dtype)
+  """The routed experts of a run as the kernels of one device of a mesh see them."""
+  m, e = run.model, run.model.experts
+  rows, length = run.data.batch_sequences // run.train.micro_batches, run.data.sequence_tokens
+  lay = layout(mesh, rows, length, m.router.top_k, e)
+  owned, hidden = e.num_experts // lay.members, e.d_expert // mesh.shape["tensor"]
+  if lay.dispatch == "all_to_all":
+    tokens, top_k, total = lay.bound * mesh.shape["tensor"], 1, owned
+  else:
+    group = math.prod(mesh.shape[a] for a in lay.group)
+    split = sharding.parts("batch", mesh) * sharding.parts("part", mesh)
+    tokens, top_k, total = rows * length * group // (split * lay.chunks), m.router.top_k, e.num_experts
+  return kernel_plan.Shape(tokens, top_k, owned, total, m.d_model, hidden, m.activation == "swiglu", m.compute_dtype)
 
 
 def kernel_choice(run: config.Run, mesh) -> kernel_plan.Choice:
@@ -186,29 +258,87 @@ def kernel_choice(run: config.Run, mesh) -> kernel_plan.Choice:
     raise config.ConfigError(str(error)) from error
 
 
-def _local_experts(x, gates, plan: Plan, matrices: _Matrices, activation: str, backend: str) -> jax.Array:
-  """The experts of one device on the tokens it sees."""
+# ----------------------------------------------------------------------------------------------------------- dispatch
+
+
+def _all_gather(x, gates, plan: Plan, lay: _Layout, compute):
+  """One chunk: the group's tokens to every device of it. x [T, D] -> [T, D]."""
+  if lay.group:
+    x, gates = (jax.lax.all_gather(a, lay.group, tiled=True) for a in (x, gates))
+  out = compute(x, gates, plan, total=plan.sizes.size * lay.members)
+  if lay.summed:
+    out = jax.lax.psum(out, lay.summed)
+  return jax.lax.psum_scatter(out, lay.group, tiled=True) if lay.group else out
+
+
+def _all_to_all(x, gates, plan: Plan, lay: _Layout, compute):
+  """One chunk: each selection to the device of its expert, and back. x [T, D] -> [T, D]."""
+  tensor = tuple(a for a in lay.group if a == "tensor")
+  rows = _to_experts(x, plan, gates.shape[1])
+  counts = plan.counts.reshape(lay.members, -1, plan.counts.shape[-1]).swapaxes(0, 1)  # [tensor, expert, E]
+  ways = exchange.Ways(counts, lay.bound, "expert", tensor)
+
+  def window(rows, first):
+    """What the rows that arrive at places first .. first + bound - 1 of each device's queue come back as."""
+    received = exchange.send(rows, ways, first)
+    if tensor:
+      received = jax.lax.all_gather(received, "tensor", tiled=True)
+    order, inverse, sizes = ways.received(first)
+    arrived = (inverse < jnp.sum(sizes)).astype(jnp.float32)[:, None]
+    out = compute(received, arrived, Plan(order, inverse, sizes), total=sizes.size)
+    if tensor:
+      out = jax.lax.psum_scatter(out, "tensor", tiled=True)
+    return exchange.send_back(out, ways, first, rows.shape[0])
+
+  out = window(rows, 0)
+  rounds = -(-lay.members * rows.shape[0] // lay.bound)
+  if rounds > 1:  # in the worst case; where loads are bearable none of this runs
+    again = jax.checkpoint(window, prevent_cse=False)
+
+    def overflow(rows):
+      def one(total, first):
+        return total + jax.lax.cond(first < ways.longest, again, lambda rows, _: jnp.zeros_like(rows), rows, first), None
+
+      return jax.lax.scan(one, jnp.zeros_like(rows), jnp.arange(1, rounds) * lay.bound)[0]
+
+    out = out + jax.lax.cond(ways.longest > lay.bound, overflow, jnp.zeros_like, rows)
+  return _weighted_sum(out, plan, gates)
+
+
+# ------------------------------------------------------------------------------------------------------------ experts
+
+
+def _experts(x, gates, plan: Plan, *, total: int, matrices: _Matrices, activation: str, backend: str) -> jax.Array:
+  """The experts of one device on the tokens it has.
+
+  Args:
+    x: [T, D].
+    gates: [T, K].
+    plan: of its own experts.
+    total: experts that the T x K selections are spread over.
+  """
   weights, quantized = matrices
-  batch, length, width = x.shape
-  top_k, (owned, _, hidden) = gates.shape[-1], weights.gate.shape
-  device, mesh = sharding.current_device().device_kind, jax.sharding.get_abstract_mesh()
+  (tokens, width), top_k, (owned, _, hidden) = x.shape, gates.shape[-1], weights.gate.shape
+  device = sharding.current_device().device_kind
   choice = kernel_plan.choose(backend, kernel_plan.Shape(
-      batch * length, top_k, owned, owned * (1 if mesh.empty else mesh.shape["expert"]), width, hidden,
-      weights.up is not None, x.dtype.name), device)
+      tokens, top_k, owned, total, width, hidden, weights.up is not None, x.dtype.name), device)
   if choice.backend == "fused":
     tiles = visits.make(plan.order, plan.inverse, plan.sizes, top_k, choice.blocks.tile_rows)
-    out = fused_experts.fused_experts(x.reshape(-1, width), gates.reshape(-1, top_k), tiles, weights, activation=activation,
-                                      blocks=choice.blocks, forward_weights=quantized, interpret=device == "cpu")
-    return out.reshape(x.shape)
-  rows = _to_experts(x.reshape(-1, width), plan, top_k)
+    return fused_experts.fused_experts(x, gates, tiles, weights, activation=activation, blocks=choice.blocks,
+                                       forward_weights=quantized, interpret=device == "cpu")
+  rows = _to_experts(x, plan, top_k)
   gate = grouped_matmul(rows, weights.gate, plan.sizes, backend=choice.backend)
   up = None if weights.up is None else grouped_matmul(rows, weights.up, plan.sizes, backend=choice.backend)
-  out = grouped_matmul(activate(gate, up, activation), weights.down, plan.sizes, backend=choice.backend)
-  parts = _from_experts(out, plan, top_k)  # [T, K, D]
-  own = (plan.inverse < jnp.sum(plan.sizes)).reshape(-1, top_k)
-  scale = jnp.where(own, gates.reshape(-1, top_k), 0.0)
-  total = jnp.sum(parts.astype(jnp.float32) * scale[..., None], 1)
-  return total.astype(x.dtype).reshape(batch, length, width)
+  return _weighted_sum(grouped_matmul(activate(gate, up, activation), weights.down, plan.sizes, backend=choice.backend),
+                       plan, gates)
+
+
+def _weighted_sum(rows, plan: Plan, gates):
+  """[R, D] sorted by expert, [T, K] -> [T, D], summed in float32."""
+  parts = _from_experts(rows, plan, gates.shape[-1])  # [T, K, D]
+  own = (plan.inverse < jnp.sum(plan.sizes)).reshape(gates.shape)
+  scale = jnp.where(own, gates, 0.0)
+  return jnp.sum(parts.astype(jnp.float32) * scale[..., None], 1).astype(rows.dtype)
 
 
 # Sorting by expert is a permutation of T x K rows, cut off after R; both directions are gathers, whereas the automatic

@@ -70,7 +70,7 @@ class Decision(NamedTuple):
   """What a router says about the tokens of one micro-batch."""
 
   choice: gates.Choice | gates.SoftChoice  # as it is carried out: weights
-  plan: experts_lib.Plan | None  # None for SoftMoE
+  plans: tuple[experts_lib.Plan, ...] | None  # None for SoftMoE
   stats: balance.Stats
   experts: jax.Array  # [B, S, K] int32
   probabilities: jax.Array  # [B, S, E] float32
@@ -254,7 +254,7 @@ def decide(logits, model: config.Model, mask, segment_ids, bias=None, key=None, 
     rows: [B] int32, see `gates.row_noise`; needed with a key.
   """
   e, r = model.experts, model.router
-  shards = sharding.data_shards(jax.sharding.get_abstract_mesh())
+  shards = sharding.parts("batch", jax.sharding.get_abstract_mesh())
   if r.gate == "soft":
     soft = gates.soft_choice(logits, mask)
     probabilities = soft.combine.sum(-1)
@@ -281,7 +281,7 @@ def decide(logits, model: config.Model, mask, segment_ids, bias=None, key=None, 
   stats = balance.collect(logits, choice, kept, mask, segment_ids, r, shards, priority)
   carried_out = jnp.where(kept, choice.experts, e.num_experts)
   bound = {"slots_in_row" if e.capacity_group == "sequence" else "slots_in_batch": slots}
-  return Decision(choice, experts_lib.make_plan(carried_out, e.num_experts, **bound), stats, choice.experts,
+  return Decision(choice, experts_lib.make_plan(carried_out, e, **bound), stats, choice.experts,
                   choice.probabilities)
 
 
@@ -305,8 +305,7 @@ class MoEBlock(_Weights):
     if m.router.gate == "soft":
       out = experts_lib.apply_soft_experts(x, decision.choice, weights, activation=m.activation)
     else:
-      out = experts_lib.apply_experts(x, decision.plan, decision.choice.weights, weights, activation=m.activation,
-                                      backend=e.backend, forward_weights=e.forward_weights)
+      out = experts_lib.apply_experts(x, decision.plans, decision.choice.weights, weights, activation=m.activation, experts=e)
     out = checkpoint_name(out, "experts")
     if e.d_shared:
       shared = DenseBlock(m, e.d_shared, name="shared")(x)
@@ -497,7 +496,7 @@ def build(model: config.Model, deterministic: bool = True) -> Transformer:
 
 def init(transformer: Transformer, key: jax.Array):
   """The parameters: a dict whose leaves are flax boxes that carry the logical axis names."""
-  rows = sharding.data_shards(jax.sharding.get_abstract_mesh())
+  rows = sharding.parts("batch", jax.sharding.get_abstract_mesh())
   token = jnp.zeros((rows, 2), jnp.int32)
 
   def everything(module, *args):

@@ -1,6 +1,13 @@
 """Mesh axes, named once, and the table from logical axes to mesh axes.
 
-The batch is split over every data-like axis (data, fsdp, expert): expert parallelism re-uses data-parallel devices.
+    slice    data parallel between slices, over the data-centre network
+    stage    pipeline stages; reserved, 1 for now
+    data     data parallel
+    fsdp     data parallel with the parameters split
+    expert   data parallel outside the experts, which it splits
+    context  parts of each sequence; parameters are split over it too
+    tensor   heads, hidden widths, the vocabulary; and tokens on their way to the experts
+
 `jax.set_mesh` is the only way a mesh reaches the model; under the older `with mesh:` constraints vanish silently.
 """
 
@@ -10,19 +17,21 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe import config
 
-AXES = ("data", "fsdp", "expert", "tensor")
-BATCH_AXES = ("data", "fsdp", "expert")
+AXES = ("slice", "stage", "data", "fsdp", "expert", "context", "tensor")
+BATCH_AXES = ("slice", "data", "fsdp", "expert")
 
 # Logical axis of a parameter or an activation -> mesh axis (or axes, or None: not split).
 TABLE = {
     "batch": BATCH_AXES,
-    "sequence": None,
+    "sequence": "context",
+    "part": ("context", "tensor"),  # of a sequence, on its way to the experts
     "width": None,  # D of an activation
-    "embed": "fsdp",  # D of a parameter
+    "embed": ("fsdp", "context"),  # D of a parameter
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -38,8 +47,11 @@ TABLE = {
 def make_mesh(sizes: config.Mesh, devices=None) -> jax.sharding.Mesh:
   """A mesh with the axes of `AXES` over the given devices (default: all); works for topology devices too.
 
+  On TPU the axes follow the coordinates of the chips, `tensor` on the nearest; slices are told apart by `slice_index`.
+  Elsewhere the devices are taken in their order.
+
   Raises:
-    config.ConfigError: the sizes do not multiply to the number of devices.
+    config.ConfigError: the sizes do not multiply to the number of devices, or `slice` is not the number of slices.
   """
   devices = list(jax.devices() if devices is None else devices)
   shape = [getattr(sizes, axis) for axis in AXES]
@@ -47,12 +59,25 @@ def make_mesh(sizes: config.Mesh, devices=None) -> jax.sharding.Mesh:
     known = -math.prod(shape)
     shape[shape.index(-1)] = len(devices) // known if known <= len(devices) else 0
   if math.prod(shape) != len(devices):
-    wanted = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, shape))
+    wanted = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, shape) if size != 1) or "of one device"
     raise config.ConfigError(f"Mesh {wanted} does not cover the {len(devices)} devices there are; change the sizes "
                              "(one may be -1)")
-  if devices[0].platform == "tpu" and len(devices) > 1:
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-  return jax.sharding.Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  if devices[0].platform == "tpu":
+    grid = _tpu_grid(shape, devices)
+  else:
+    grid = np.array(devices).reshape(shape)
+  return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _tpu_grid(shape: list[int], devices) -> np.ndarray:
+  slices = len({getattr(d, "slice_index", None) for d in devices})
+  if shape[0] != slices:
+    raise config.ConfigError(f"Mesh.slice = {shape[0]}, but the devices are of {slices} slice(s); set it to {slices}")
+  # Splitting a physical axis between two mesh axes is allowed: expert=8 on a 4 x 4 torus has no other way.
+  if slices > 1:
+    within, between = [1, *shape[1:]], [slices] + [1] * (len(shape) - 1)
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+  return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def spec(*logical: str | None) -> PartitionSpec:
@@ -62,11 +87,25 @@ def spec(*logical: str | None) -> PartitionSpec:
     KeyError: a name that is not in `TABLE`.
     ValueError: two axes of one array would land on the same mesh axis.
   """
+  unknown = [name for name in logical if name is not None and name not in TABLE]
+  if unknown:
+    raise KeyError(f"logical axis {unknown[0]!r} has no rule in sharding.TABLE; known: {', '.join(TABLE)}")
   parts = [TABLE[name] if name is not None else None for name in logical]
   used = [axis for part in parts if part for axis in ((part,) if isinstance(part, str) else part)]
   if len(set(used)) < len(used):
     raise ValueError(f"logical axes {logical} collide on mesh axes {used}")
   return PartitionSpec(*parts)
+
+
+def axes_of(logical: str, mesh) -> tuple[str, ...]:
+  """The mesh axes that really split a logical axis: those longer than 1."""
+  names = TABLE[logical]
+  return tuple(a for a in ((names,) if isinstance(names, str) else names or ()) if mesh.shape[a] > 1)
+
+
+def parts(logical: str, mesh) -> int:
+  """Number of parts a logical axis is split into; 1 without a mesh."""
+  return 1 if mesh.empty else math.prod(mesh.shape[a] for a in axes_of(logical, mesh))
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
@@ -82,11 +121,6 @@ def current_device():
   return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
-def data_shards(mesh) -> int:
-  """Number of parts the batch axis is split into; 1 without a mesh."""
-  return math.prod(mesh.shape[axis] for axis in BATCH_AXES) if not mesh.empty else 1
-
-
 def batch_sharding(mesh) -> NamedSharding:
   return NamedSharding(mesh, spec("batch", "sequence"))
 
@@ -97,23 +131,25 @@ def check_run(run: config.Run, mesh) -> None:
   Raises:
     config.ConfigError
   """
-  def must_divide(name, size, axis, parts):
-    if size % parts:
-      raise config.ConfigError(f"{name} = {size} is not divisible by the mesh's {axis} = {parts}; change one of them")
+  def must_divide(name, size, logical):
+    count = parts(logical, mesh)
+    if size % count:
+      axes = " x ".join(axes_of(logical, mesh))
+      raise config.ConfigError(f"{name} = {size} is not divisible by the mesh's {axes} = {count}; change one of them")
 
-  micro = run.data.batch_sequences // run.train.micro_batches
-  must_divide("Data.batch_sequences / Train.micro_batches", micro, "data x fsdp x expert", data_shards(mesh))
-  must_divide("Experts.num_experts", run.model.experts.num_experts, "expert", mesh.shape["expert"])
-  must_divide("Model.d_model", run.model.d_model, "fsdp", mesh.shape["fsdp"])
-  tensor = mesh.shape["tensor"]
-  must_divide("Attention.num_heads", run.model.attention.num_heads, "tensor", tensor)
-  must_divide("Attention.num_kv_heads", run.model.attention.kv_heads, "tensor", tensor)
-  must_divide("Experts.d_expert", run.model.experts.d_expert, "tensor", tensor)
-  must_divide("Experts.d_shared", run.model.experts.d_shared, "tensor", tensor)
-  must_divide("Model.d_ff", run.model.d_ff, "tensor", tensor)
-  must_divide("Model.vocab_size", run.model.vocab_size, "tensor", tensor)
-  pre_gate = run.model.router.pre_gate
+  model = run.model
+  must_divide("Data.batch_sequences / Train.micro_batches", run.data.batch_sequences // run.train.micro_batches, "batch")
+  must_divide("Data.sequence_tokens", run.data.sequence_tokens, "part")
+  must_divide("Experts.num_experts", model.experts.num_experts, "experts")
+  must_divide("Model.d_model", model.d_model, "embed")
+  must_divide("Attention.num_heads", model.attention.num_heads, "heads")
+  must_divide("Attention.num_kv_heads", model.attention.kv_heads, "kv_heads")
+  must_divide("Experts.d_expert", model.experts.d_expert, "hidden")
+  must_divide("Experts.d_shared", model.experts.d_shared, "hidden")
+  must_divide("Model.d_ff", model.d_ff, "hidden")
+  must_divide("Model.vocab_size", model.vocab_size, "vocab")
+  pre_gate = model.router.pre_gate
   if pre_gate.d_model:
-    must_divide("PreGate.d_model", pre_gate.d_model, "fsdp", mesh.shape["fsdp"])
-    must_divide("PreGate.num_heads", pre_gate.num_heads, "tensor", tensor)
-    must_divide("PreGate.d_ff", pre_gate.d_ff, "tensor", tensor)
+    must_divide("PreGate.d_model", pre_gate.d_model, "embed")
+    must_divide("PreGate.num_heads", pre_gate.num_heads, "heads")
+    must_divide("PreGate.d_ff", pre_gate.d_ff, "hidden")

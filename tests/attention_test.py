@@ -1,5 +1,7 @@
 """Attention: the written-out form against the library and by hand, splash (interpreted) against the written-out form."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +78,30 @@ def test_splash_on_a_mesh():
   q, k, v = random(4, 128, 4, 64), random(4, 128, 2, 64, seed=1), random(4, 128, 2, 64, seed=2)
   with jax.set_mesh(sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))):
     compare("splash", bias, segments, q, k, v, 2e-5, softcap=0.0, window_tokens=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [0, 100])
+def test_splash_with_the_sequence_split(window):
+  """Keys gathered, queries dealt so that each device has an early and a late piece; documents and padding as always."""
+  bias, segments = biases(2, 2048, window)
+  q, k, v = random(2, 2048, 2, 64), random(2, 2048, 2, 64, seed=1), random(2, 2048, 2, 64, seed=2)
+  with jax.set_mesh(sharding.make_mesh(config.Mesh(context=4, tensor=2))):
+    compare("splash", bias, segments, q, k, v, 2e-5, softcap=0.0, window_tokens=window)
+
+
+@pytest.mark.parametrize("shards", [2, 3, 8])
+def test_balanced_order_gives_every_device_the_same_work(shards):
+  order = attention.balanced_order(12 * shards, shards)
+  assert sorted(order) == list(range(12 * shards))
+  assert len(set(order.reshape(shards, -1).sum(1))) == 1
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:shards]), ("context",))
+  x = jnp.arange(12 * shards)[None]
+  there = functools.partial(attention._balanced, axis="context", shards=shards)
+  both = lambda x: (there(x), there(there(x), back=True))
+  got, again = jax.shard_map(both, mesh=mesh, in_specs=jax.P(None, "context"), out_specs=jax.P(None, "context"))(x)
+  np.testing.assert_array_equal(got[0], order)
+  np.testing.assert_array_equal(again, x)
 
 
 def test_library_equals_the_written_out_form():

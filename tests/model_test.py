@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe import config
 from moe import experts
 from moe import generate
 from moe import gin_config
@@ -144,8 +145,9 @@ def test_expert_gradient_equals_that_of_the_dense_form():
   weights = experts.Weights(*(jnp.array(rng.normal(size=s), jnp.float32) for s in ((4, 6, 10), (4, 6, 10), (4, 10, 6))))
 
   def sparse(x, gates, weights):
-    plan = experts.make_plan(chosen, 4)
-    return jnp.sum(jnp.sin(experts.apply_experts(x, plan, gates, weights, activation="swiglu", backend="loop")))
+    e = config.Experts(num_experts=4, d_expert=10, backend="loop")
+    plans = experts.make_plan(chosen, e)
+    return jnp.sum(jnp.sin(experts.apply_experts(x, plans, gates, weights, activation="swiglu", experts=e)))
 
   def dense(x, gates, weights):
     gate, up = jnp.einsum("bsd,edf->bsef", x, weights.gate), jnp.einsum("bsd,edf->bsef", x, weights.up)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
@@ -63,7 +64,7 @@ def batch(rows=8, length=16, vocab=64, seed=0, padding=True) -> Batch:
 
 def objective_and_gradients(run, batch, seed=0):
   """(balance, nll, gradients) of one step on the run's mesh, with parameters that do not depend on the mesh."""
-  mesh = sharding.make_mesh(run.mesh, jax.devices()[: run.mesh.data * run.mesh.fsdp * run.mesh.expert * run.mesh.tensor])
+  mesh = sharding.make_mesh(run.mesh, jax.devices()[: math.prod(dataclasses.astuple(run.mesh))])
   with jax.set_mesh(mesh):
     placed = jax.device_put(batch, sharding.batch_sharding(mesh))
     step = jax.jit(functools.partial(step_lib.loss_and_gradients, run))

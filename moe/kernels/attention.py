@@ -11,26 +11,29 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
 from moe import sharding
 
 
-def choose(backend: str, platform: str, q_shape, k_shape, v_width: int, softcap: float) -> str:
+def choose(backend: str, platform: str, q_shape, k_shape, v_width: int, softcap: float, shards: int = 1) -> str:
   """The backend for a name of `config.Attention.backend`.
 
   Args:
     platform: cpu | gpu | tpu.
     q_shape, k_shape: [B, S, H, d], [B, T, G, d]; T differs from S when decoding.
+    shards: parts of S.
 
   Raises:
     ValueError: the name asks for what the shapes do not allow.
   """
   length, width = q_shape[1], q_shape[3]
   splash = ""
-  if length != k_shape[1] or length % 128:
-    splash = f"queries and keys of equal length in multiples of 128 (got {length} and {k_shape[1]})"
+  multiple = 128 if shards == 1 else 256 * shards
+  if length != k_shape[1] or length % multiple:
+    splash = f"queries and keys of equal length in multiples of {multiple} (got {length} and {k_shape[1]})"
   elif width % 64 or v_width % 64:
     splash = f"head widths in multiples of 64 (got {width} and {v_width})"
   product = "no soft cap and one head width" if softcap or width != v_width else ""
@@ -50,7 +53,7 @@ def attention(q, k, v, bias, segment_ids, *, scale: float, softcap: float, windo
 
   Args:
     q: [B, S, H, d]; k: [B, T, G, d]; v: [B, T, G, d_v], query head h reads key/value head h // (H / G). Split over the batch
-      axes and heads over tensor, if a mesh is set.
+      axes, sequences over context, heads over tensor, if a mesh is set. Keys and values are gathered over context.
     bias: [B, S, T] float32, added to the logits: who may see whom (layers.attention_bias).
     segment_ids: [B, S] int32; what splash makes of it and of the window equals the bias.
     scale: multiplies the logits.
@@ -61,9 +64,11 @@ def attention(q, k, v, bias, segment_ids, *, scale: float, softcap: float, windo
     [B, S, H, d_v] in q's dtype.
   """
   platform = sharding.current_device().platform
-  chosen = choose(backend, platform, q.shape, k.shape, v.shape[-1], softcap)
+  shards = sharding.parts("sequence", jax.sharding.get_abstract_mesh())
+  chosen = choose(backend, platform, q.shape, k.shape, v.shape[-1], softcap, shards)
   if chosen == "splash":
     return _splash(q * scale, k, v, segment_ids, softcap, window_tokens, interpret=platform == "cpu")
+  k, v = (sharding.constrain(t, "batch", None, "kv_heads", None) for t in (k, v))
   if chosen == "dot_product":
     return jax.nn.dot_product_attention(q, k, v, bias=bias[:, None].astype(q.dtype), scale=scale)
   return plain(q, k, v, bias, scale=scale, softcap=softcap)
@@ -71,7 +76,10 @@ def attention(q, k, v, bias, segment_ids, *, scale: float, softcap: float, windo
 
 def _splash(q, k, v, segment_ids, softcap: float, window_tokens: int, interpret: bool):
   mesh, length = jax.sharding.get_abstract_mesh(), q.shape[1]
-  block = next(size for size in (512, 384, 256, 128) if length % size == 0)
+  shards = sharding.parts("sequence", mesh)
+  # The queries of a device are two pieces of the sequence (see _balanced), so a block may not be longer than one.
+  pieces = 2 * shards if shards > 1 else 1
+  block = next(size for size in (512, 384, 256, 128) if length // pieces % size == 0)
   sizes = splash_attention_kernel.BlockSizes(
       block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
       block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
@@ -80,27 +88,65 @@ def _splash(q, k, v, segment_ids, softcap: float, window_tokens: int, interpret:
   if window_tokens:
     mask = splash_attention_mask.LocalMask(shape, window_size=(window_tokens - 1, 0), offset=0)
 
-  def device(q, k, v, segment_ids):
-    kernel = splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask([mask] * q.shape[2]), block_sizes=sizes, head_shards=1, q_seq_shards=1,
-        attn_logits_soft_cap=softcap or None, interpret=interpret)
+  if shards > 1:
+    mask.q_sequence = balanced_order(length, shards)
+  heads = q.shape[2] // sharding.parts("heads", mesh)
+  kernel = splash_attention_kernel.make_splash_mha(
+      splash_attention_mask.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=shards,
+      attn_logits_soft_cap=softcap or None, interpret=interpret)
 
-    def row(q, k, v, ids):
-      return kernel(q, k, v, segment_ids=splash_attention_kernel.SegmentIds(ids, ids))
+  def device(kernel, q, k, v, ids):
+    q_ids = ids
+    if shards > 1:
+      q, q_ids = (_balanced(t, "context", shards) for t in (q, ids))
+      k, v, ids = (jax.lax.all_gather(t, "context", axis=1, tiled=True) for t in (k, v, ids))
 
-    return jax.vmap(row)(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids).swapaxes(1, 2)
+    def row(q, k, v, q_ids, ids):
+      return kernel(q, k, v, segment_ids=splash_attention_kernel.SegmentIds(q_ids, ids))
+
+    out = jax.vmap(row)(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), q_ids, ids).swapaxes(1, 2)
+    return _balanced(out, "context", shards, back=True) if shards > 1 else out
 
   if mesh.empty:
-    return device(q, k, v, segment_ids)
-  heads = sharding.spec("batch", "sequence", "heads", "head_dim")  # the partitioner cannot split a kernel by itself
-  return jax.shard_map(device, in_specs=(heads, heads, heads, sharding.spec("batch", "sequence")), out_specs=heads,
-                       check_vma=False)(q, k, v, segment_ids)
+    return device(kernel, q, k, v, segment_ids)
+  # The partitioner cannot split a kernel by itself.
+  spec, rows = sharding.spec("batch", "sequence", "heads", "head_dim"), sharding.spec("batch", "sequence")
+  which = kernel.manual_sharding_spec(jax.sharding.NamedSharding(mesh, jax.P(None, "context" if shards > 1 else None)))
+  return jax.shard_map(device, in_specs=(which, spec, spec, spec, rows), out_specs=spec,
+                       check_vma=False)(kernel, q, k, v, segment_ids)
+
+
+# A causal query costs as many keys as its place, so the last device along context would have most of the work. Each takes
+# one of the first and one of the last pieces of the sequence instead, for the attention only: the model keeps its order.
+
+
+def balanced_order(length: int, shards: int) -> np.ndarray:
+  """[S] int32: the place of each query once device i holds the pieces i and 2 x shards - 1 - i of 2 x shards."""
+  pieces = np.arange(length, dtype=np.int32).reshape(2 * shards, -1)
+  return np.concatenate([pieces[[i, 2 * shards - 1 - i]].reshape(-1) for i in range(shards)])
+
+
+def _balanced(x, axis: str, shards: int, back: bool = False):
+  """[B, S / shards, ...] in the order of the sequence -> in the balanced one; `back` reverses it.
+
+  Device i has pieces 2i and 2i + 1. All even pieces go to different devices, and so do all odd ones: two permutations.
+  """
+  owner = [min(piece, 2 * shards - 1 - piece) for piece in range(2 * shards)]
+  ways = [[(i, owner[2 * i + odd]) for i in range(shards)] for odd in (0, 1)]
+  swap = jax.lax.axis_index(axis) % 2 == 1  # device j's first piece is j: an odd one on the odd devices
+  first, second = jnp.split(x, 2, 1)
+  if not back:
+    even, odd = (jax.lax.ppermute(half, axis, way) for half, way in zip((first, second), ways))
+    return jnp.concatenate([jnp.where(swap, odd, even), jnp.where(swap, even, odd)], 1)
+  even, odd = jnp.where(swap, second, first), jnp.where(swap, first, second)
+  halves = [jax.lax.ppermute(half, axis, [(b, a) for a, b in way]) for half, way in zip((even, odd), ways)]
+  return jnp.concatenate(halves, 1)
 
 
 def plain(q, k, v, bias, *, scale: float, softcap: float) -> jax.Array:
   """The same written out; arguments as in `attention`."""
   length = q.shape[1]
-  if length == k.shape[1] and length % 128 == 0:
+  if length == k.shape[1] and length % 128 == 0 and sharding.parts("sequence", jax.sharding.get_abstract_mesh()) == 1:
     # No token sees a later place of its row, so the first half of the queries needs only the first half of the keys.
     half = length // 2
     parts = [_attention(q[:, begin:end], k[:, :end], v[:, :end], bias[:, begin:end, :end], scale, softcap)

@@ -32,8 +32,8 @@ def token_loss(hidden, head, targets, chunks: int | None = None) -> TokenLoss:
   """Loss of every token.
 
   Args:
-    hidden: [B, S, D], split over the batch axes of the mesh that is set (or no mesh).
-    head: [D, V] of hidden's dtype, D over fsdp and V over tensor.
+    hidden: [B, S, D], split over the batch axes and context of the mesh that is set (or no mesh).
+    head: [D, V] of hidden's dtype, D over fsdp and context and V over tensor.
     targets: [B, S] int32.
     chunks: into how many parts S is cut; None: as many as keep a chunk's logits within 64 MiB on a device.
 
@@ -42,7 +42,8 @@ def token_loss(hidden, head, targets, chunks: int | None = None) -> TokenLoss:
   """
   length, mesh = hidden.shape[1], jax.sharding.get_abstract_mesh()
   if chunks is None:
-    chunks = chunks_for(hidden.shape[0] // sharding.data_shards(mesh), length, head.shape[1])
+    length //= sharding.parts("sequence", mesh)
+    chunks = chunks_for(hidden.shape[0] // sharding.parts("batch", mesh), length, head.shape[1])
   if length % chunks:
     raise ValueError(f"token_loss cannot cut sequences of {length} tokens into {chunks} chunks; use a divisor")
   if chunks == 1:
@@ -51,12 +52,12 @@ def token_loss(hidden, head, targets, chunks: int | None = None) -> TokenLoss:
     return TokenLoss(*_chunked(chunks, None, hidden, head, targets))
 
   def device(hidden, head, targets):
-    if mesh.shape["fsdp"] > 1:
-      head = jax.lax.all_gather(head, "fsdp", axis=0, tiled=True)
+    if split:
+      head = jax.lax.all_gather(head, split, axis=0, tiled=True)
     return _chunked(chunks, "tensor" if mesh.shape["tensor"] > 1 else None, hidden, head, targets)
 
   # A shard_map, because in a loop over chunks the partitioner would reduce the head's gradient once a chunk.
-  rows = sharding.spec("batch")
+  rows, split = sharding.spec("batch", "sequence"), sharding.axes_of("embed", mesh)
   return TokenLoss(*jax.shard_map(device, in_specs=(rows, sharding.spec("embed", "vocab"), rows), out_specs=(rows,) * 3,
                                   check_vma=False)(hidden, head, targets))
 

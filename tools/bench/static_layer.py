@@ -4,8 +4,8 @@ Ours and XLA's are the layer of the model (`moe.experts.apply_experts`, routed a
 the program is compiled for the chip; what XLA makes of the operations around the matmuls is costed by the compiler's own
 cycles, the matmuls by their static twins. XLA writes transposed copies of the weights for the gradient of the rows; the
 megablox rows are spared them, because its kernel transposes by itself, and differ by the tile: the one we compute, or its
-default (left out for hidden widths over 4096, where its profile takes many minutes). The transposed grouped matmul of a library's weight gradient has no twin: it counts at the chip's full rate over the
-rows it visits, which flatters the libraries.
+default (left out for hidden widths over 4096, where its profile takes many minutes). The transposed grouped matmul of a
+library's weight gradient has no twin: it counts at the chip's full rate over the rows it visits, which flatters the libraries.
 tokamax's version 2 has no row: its profile cannot be read (scalars from memory decide its DMA), and its gradient compiles only
 where a TPU is attached.
 """

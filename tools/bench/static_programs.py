@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moe import config
 from moe import experts
 from moe.kernels import fused_experts
 from moe.kernels import plan
@@ -135,8 +136,9 @@ def layer(shape, backend: str, gradient: bool):
   down = _spec((shape.num_experts, shape.d_expert, shape.d_model), dtype)
 
   def forward(x, gates, weights, chosen):
-    plan_ = experts.make_plan(chosen, shape.num_experts)
-    return experts.apply_experts(x, plan_, gates, experts.Weights(*weights), activation="swiglu", backend=backend)
+    block = config.Experts(num_experts=shape.num_experts, d_expert=shape.d_expert, backend=backend)
+    plans = experts.make_plan(chosen, block)
+    return experts.apply_experts(x, plans, gates, experts.Weights(*weights), activation="swiglu", experts=block)
 
   def both(x, gates, weights, chosen, cotangent):
     out, pull = jax.vjp(lambda *a: forward(*a, chosen), x, gates, weights)

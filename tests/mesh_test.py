@@ -1,0 +1,201 @@
+"""Any factorisation of eight devices gives the single-device loss, gradients and balance loss; dispatch, overflow, refusals."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests import small
+
+from moe import config
+from moe import exchange
+from moe import experts
+from moe import sharding
+from moe import step as step_lib
+
+STRONG = {"balance_coef": 1.0, "z_loss_coef": 0.1}
+CAPACITY = {"capacity_factor": 0.5, "d_shared": 16, "shared_gate": True}
+DROPLESS = {"dispatch": "all_to_all"}
+
+# Mesh, router, experts. The gates take turns with the meshes, so that each is on one that splits experts and sequences.
+CASES = {
+    "context": ({"context": 4, "data": 2}, {}, {}),
+    "to_all": ({"expert": 4, "tensor": 2}, {}, DROPLESS),
+    "to_all_overflow": ({"expert": 8}, {}, {**DROPLESS, "buffer_factor": 1.0}),
+    "to_all_everything": ({"fsdp": 2, "expert": 2, "context": 2}, {}, {**DROPLESS, "overlap_degree": 2}),
+    "to_all_capacity": ({"expert": 2, "context": 2, "tensor": 2}, {}, {**DROPLESS, **CAPACITY, "overlap_degree": 4}),
+    "gather_chunks": ({"slice": 2, "expert": 2, "tensor": 2}, {}, {"dispatch": "all_gather", "overlap_degree": 4}),
+    "gather_context_capacity": ({"fsdp": 2, "context": 2, "tensor": 2}, {}, CAPACITY),
+    "sigmoid": ({"expert": 4, "context": 2}, {"gate": "sigmoid", "bias_update_rate": 0.01}, {**DROPLESS, "overlap_degree": 2}),
+    "cosine": ({"data": 2, "expert": 4}, {"gate": "cosine", "cosine_width": 8}, {**DROPLESS, "buffer_factor": 1.2}),
+    "expert_choice": ({"expert": 2, "context": 2, "tensor": 2}, {"gate": "expert_choice"},
+                      {**DROPLESS, "capacity_factor": 1.0}),
+    "soft": ({"fsdp": 2, "expert": 2, "context": 2}, {"gate": "soft", "soft_slots": 2}, {}),
+    "recurrent": ({"slice": 2, "context": 2, "expert": 2}, {"recurrent": {"cell": "gru", "width": 8}}, DROPLESS),
+}
+FAST = ("context", "to_all_overflow", "to_all_everything")
+
+
+def compare(mesh, router, block):
+  model = {"router": {**STRONG, **router}, "experts": block}
+  want_balance, want_nll, want, _ = small.objective_and_gradients(small.run(model=model), small.batch())
+  balance, nll, got, _ = small.objective_and_gradients(small.run(model=model, mesh=mesh), small.batch())
+  np.testing.assert_allclose(nll, want_nll, rtol=1e-5)
+  np.testing.assert_allclose(balance, want_balance, rtol=1e-5)
+  small.assert_same(want, got)
+
+
+@pytest.mark.parametrize("case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+def test_mesh_gives_the_single_device_loss_and_gradients(case):
+  compare(*CASES[case])
+
+
+def random_case(seed: int):
+  """A factorisation of 8 and how the experts are reached."""
+  rng = np.random.default_rng(seed)
+  sizes = dict.fromkeys(("slice", "data", "fsdp", "expert", "context", "tensor"), 1)
+  for _ in range(3):
+    sizes[str(rng.choice(list(sizes)))] *= 2
+  if sizes["tensor"] > 2:  # two key/value heads
+    sizes["fsdp"] *= sizes["tensor"] // 2
+    sizes["tensor"] = 2
+  block = {"dispatch": str(rng.choice(["all_gather", "all_to_all"])), "overlap_degree": int(rng.choice([1, 2, 4])),
+           "buffer_factor": float(rng.choice([1.0, 1.5])), **(CAPACITY if rng.random() < 0.4 else {})}
+  return sizes, {"top_k": int(rng.choice([1, 2, 4]))}, block
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_random_factorisations(seed):
+  compare(*random_case(seed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"fsdp": 2, "expert": 4}, {"slice": 2, "context": 2, "tensor": 2}], ids=str)
+def test_updated_parameters(mesh):
+  """One whole step, optimizer and clipping included."""
+  results = []
+  for sizes in ({}, mesh):
+    run = small.run(mesh=sizes, model={"router": STRONG, "experts": DROPLESS})
+    mesh_ = sharding.make_mesh(run.mesh, jax.devices()[:int(np.prod(list(sizes.values()), dtype=int))])
+    with jax.set_mesh(mesh_):
+      state = step_lib.init_state(run, mesh_)
+      state = dataclasses.replace(state, params=small.params(step_lib.abstract_state(run, mesh_).params))
+      batch = jax.device_put(small.batch(), sharding.batch_sharding(mesh_))
+      results.append(jax.device_get(step_lib.jit_train_step(run, mesh_)(state, batch)[0].params))
+  small.assert_same(*results, rtol=5e-5)  # Adam divides by a root, which doubles the relative error of a small gradient
+
+
+# ---------------------------------------------------------------------------------------------------------- exchange
+
+
+def on_axis(function, members, *arrays):
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:members]), ("expert",))
+  split = jax.P("expert")
+  with jax.set_mesh(mesh):
+    return jax.jit(jax.shard_map(function, in_specs=split, out_specs=split, check_vma=False))(*arrays)
+
+
+@pytest.mark.parametrize("bound, first", [(64, 0), (8, 0), (8, 8), (8, 24)])
+def test_rows_arrive_where_they_should_and_come_back(bound, first):
+  """Against a queue written out on the host; every window."""
+  members, owned, most = 4, 2, 16
+  rng = np.random.default_rng(1)
+  counts = rng.multinomial(most, [0.3, 0.3, 0.1, 0.1, 0.1, 0.0, 0.05, 0.05], members)
+  rows = np.zeros((members, most, 2), np.float32)  # (source, place), sorted by expert
+  rows[..., 0], rows[..., 1] = np.arange(members)[:, None] + 1, np.arange(most)
+
+  def device(rows, counts):
+    everyone = jax.lax.all_gather(counts, "expert", tiled=True)
+    ways = exchange.Ways(everyone[None], bound, "expert")
+    got = exchange.send(rows, ways, first)
+    order, inverse, sizes = ways.received(first)
+    return got, order, inverse, sizes, exchange.send_back(got, ways, first, most)
+
+  got, order, inverse, sizes, back = (np.asarray(a) for a in on_axis(
+      device, members, rows.reshape(-1, 2), jnp.asarray(counts, jnp.int32)))
+  start = np.cumsum(counts, 1) - counts
+  returned = np.zeros_like(rows)
+  for d in range(members):
+    queue = [(s, start[s, e] + i, e - d * owned) for s in range(members) for e in range(d * owned, (d + 1) * owned)
+             for i in range(counts[s, e])][first:first + bound]
+    want = np.zeros((bound, 2))
+    for i, (s, place, _) in enumerate(queue):
+      want[i] = rows[s, place]
+      returned[s, place] = rows[s, place]
+    np.testing.assert_array_equal(got.reshape(members, bound, 2)[d], want)
+    local = [e for *_, e in queue]
+    np.testing.assert_array_equal(sizes.reshape(members, owned)[d], np.bincount(local, minlength=owned))
+    by_expert = order.reshape(members, bound)[d][:len(local)]
+    np.testing.assert_array_equal(by_expert, np.argsort(local, kind="stable"))
+    np.testing.assert_array_equal(inverse.reshape(members, bound)[d][by_expert], np.arange(len(local)))
+  np.testing.assert_array_equal(back.reshape(rows.shape), returned)
+
+
+def test_exchange_gradient_is_the_way_back():
+  """<send(x), y> = <x, gradient(y)>, for what fits and what does not."""
+  counts, rng = jnp.array([[5, 3], [1, 7]], jnp.int32), np.random.default_rng(0)
+  x, y = (jnp.asarray(rng.normal(size=(2 * n, 3)), jnp.float32) for n in (8, 6))
+
+  def device(x, y, counts):
+    ways = exchange.Ways(jax.lax.all_gather(counts, "expert", tiled=True)[None], 6, "expert")
+    out, pull = jax.vjp(lambda x: exchange.send(x, ways, 2), x)
+    return out, pull(y)[0]
+
+  out, grad = on_axis(device, 2, x, y, counts)
+  np.testing.assert_allclose(jnp.vdot(out, y), jnp.vdot(x, grad), rtol=1e-6)
+  assert np.abs(np.asarray(grad)).sum() > 0
+
+
+def test_the_overflow_is_needed_and_runs():
+  """All tokens to one expert: the longest queue is far beyond the buffer, and the result is the one-device result; with the
+  later rounds taken away it is not."""
+  e = config.Experts(num_experts=4, d_expert=8, backend="dense", dispatch="all_to_all", buffer_factor=1.0)
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(4, 8, 16)), jnp.float32)
+  gates, chosen = jnp.ones((4, 8, 1)), jnp.full((4, 8, 1), 2, jnp.int32)
+  weights = experts.Weights(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 16, 8), (4, 16, 8), (4, 8, 16))))
+
+  def run(x, weights):
+    return experts.apply_experts(x, experts.make_plan(chosen, e), gates, weights, activation="swiglu", experts=e)
+
+  want = run(x, weights)
+  with jax.set_mesh(sharding.make_mesh(config.Mesh(expert=4), jax.devices()[:4])) as _:
+    got = jax.jit(run)(x, weights)
+    lost = run_without_overflow(run, x, weights)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+  assert np.abs(np.asarray(lost) - np.asarray(want)).max() > 0.1
+
+
+def run_without_overflow(run, x, weights):
+  original = jax.lax.cond
+  try:
+    jax.lax.cond = lambda which, yes, no, *args: no(*args)
+    return jax.jit(lambda *a: run(*a))(x, weights)
+  finally:
+    jax.lax.cond = original
+
+
+# ------------------------------------------------------------------------------------------------------------- rules
+
+
+def test_rules_are_checked():
+  with pytest.raises(KeyError, match="'colour' has no rule in sharding.TABLE"):
+    sharding.spec("colour")
+  with pytest.raises(ValueError, match=r"\('heads', 'hidden'\) collide on mesh axes"):
+    sharding.spec("heads", "hidden")
+  with pytest.raises(config.ConfigError, match="reserved for pipeline stages"):
+    config.Mesh(stage=2)
+  run = small.run(length=12, mesh={"context": 4, "tensor": 2})
+  with pytest.raises(config.ConfigError, match="sequence_tokens = 12 is not divisible by the mesh's context x tensor = 8"):
+    sharding.check_run(run, sharding.make_mesh(run.mesh))
+
+
+def test_layout_by_size():
+  mesh = sharding.make_mesh(config.Mesh(expert=4, tensor=2))
+  of = functools.partial(experts.layout, mesh, 8, 64, experts=config.Experts(num_experts=8, d_expert=16))
+  assert of(top_k=2).dispatch == "all_to_all" and of(top_k=4).dispatch == "all_gather"
+  assert of(top_k=2).bound == 1.5 * 8 * 64 // 8 * 2
+  assert experts.layout(mesh, 8, 1, 2, config.Experts(num_experts=8, d_expert=16)).summed == ("tensor",)  # decoding

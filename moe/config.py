@@ -435,6 +435,7 @@ class Train(_Checked):
   micro_batches: int = 1  # gradient accumulation: the batch of a step goes through the model in this many parts
   seed: int = 0  # of the parameters, the dropout and the order of the data
   logit_z_loss_coef: float = 0.0
+  offload_collectives: bool = True  # TPU with SparseCores: collectives run there, beside the matmuls (hardware.py)
   log_every_steps: int = 10
   eval_every_steps: int = 0  # 0: only at the end
   eval_batches: int = 8  # for each domain at those times; the end scores every byte

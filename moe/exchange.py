@@ -67,11 +67,11 @@ class Ways:
     start_out = end_out - count
 
     row = jnp.arange(groups * self.bound)
-    segment = jnp.minimum(jnp.searchsorted(end_out, row, side="right"), count.size - 1)
+    segment = jnp.minimum(jnp.searchsorted(end_out, row, side="right", method="compare_all"), count.size - 1)
     order = jnp.where(row < end_out[-1], by_expert(start)[segment] + row - start_out[segment], 0)
     place = start_out.reshape(owned, groups * members).T.reshape(-1)
     start, end = start.reshape(-1), end.reshape(-1)
-    segment = jnp.minimum(jnp.searchsorted(end, row, side="right"), count.size - 1)
+    segment = jnp.minimum(jnp.searchsorted(end, row, side="right", method="compare_all"), count.size - 1)
     inside = (start[segment] <= row) & (row < end[segment])
     inverse = jnp.where(inside, place[segment] + row - start[segment], row.size - 1)
     return order, inverse, count.reshape(owned, -1).sum(1)

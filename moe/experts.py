@@ -103,6 +103,10 @@ def layout(mesh, rows: int, length: int, top_k: int, experts: config.Experts) ->
 
 _DEVICES = PartitionSpec(sharding.AXES)
 
+# Logical axes of (gate, up) and of down. Both are split over fsdp along the middle: the compiler turns a reduce-scatter along
+# the last axis, where the lanes are, into an all-reduce of the whole gradient.
+EXPERT_AXES = ("experts", "embed", "hidden"), ("experts", "inner", None)
+
 
 def make_plan(chosen, experts: config.Experts, slots_in_row: int = 0, slots_in_batch: int = 0) -> tuple[Plan, ...]:
   """Sorts the selections by expert, for every chunk.
@@ -154,7 +158,7 @@ def apply_experts(x, plans: tuple[Plan, ...], gates, weights: Weights, *, activa
     x: [B, S, D] in the compute dtype, split over the batch axes of the mesh that is set (or no mesh).
     plans: from `make_plan`.
     gates: [B, S, K] float32.
-    weights: expert matrices in the compute dtype, [E over expert, D over fsdp and context, F over tensor].
+    weights: expert matrices in the compute dtype, as `EXPERT_AXES` are split.
     activation: swiglu | gelu.
     experts: `backend` is resolved by kernels/plan.py for the devices of the mesh; `forward_weights` rounds the matrices, with a
       gradient that passes straight through.
@@ -209,7 +213,7 @@ def _on_mesh(local, tokens: PartitionSpec, x, gates, plans, matrices: _Matrices)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return local(x, gates, plans, matrices)
-  into, out = ("experts", "embed", "hidden"), ("experts", "hidden", "embed")
+  into, out = EXPERT_AXES
   split = sharding.axes_of("embed", mesh)
 
   def spec(axes, matrix):
@@ -219,10 +223,11 @@ def _on_mesh(local, tokens: PartitionSpec, x, gates, plans, matrices: _Matrices)
     return None if matrix is None else sharding.spec(*axes)
 
   specs = _Matrices(*(None if group is None else Weights(*map(spec, (into, into, out), group)) for group in matrices))
-  embed = sharding.TABLE["embed"]
 
   def whole(spec, matrix):
-    return jax.lax.all_gather(matrix, split, axis=spec.index(embed), tiled=True) if embed in spec else matrix
+    """Gathered along its axis that fsdp and context split, if it has one."""
+    at = [i for i, axes in enumerate(spec) if axes and "fsdp" in axes]
+    return jax.lax.all_gather(matrix, split, axis=at[0], tiled=True) if at else matrix
 
   def device(x, gates, plans, matrices):
     return local(x, gates, plans, jax.tree.map(whole, specs, matrices) if split else matrices)

@@ -22,6 +22,22 @@ _PEAK_FLOPS = {
 }
 
 
+_SPARSE_CORE_COLLECTIVES = {
+    **{f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true"
+       for kind in ("all_gather", "2d_all_gather", "3d_all_gather", "reduce_scatter", "nd_reduce_scatter", "all_reduce")},
+    "xla_tpu_use_tc_device_shape_on_sc": "true", "xla_sc_disable_megacore_partitioning": "true"}
+
+
+def compiler_options(device_kind: str) -> dict[str, str]:
+  """Options of the compiler for a train step.
+
+  On the TPUs with SparseCores these move the collectives there, beside the matmuls. By default the compiler leaves
+  all-gathers synchronous, and turns the reduce-scatter of a gradient into an all-reduce of twice the bytes
+  (tests/tpu_compile_test.py holds both).
+  """
+  return dict(_SPARSE_CORE_COLLECTIVES) if device_kind in ("TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e", "TPU7x") else {}
+
+
 def peak_flops(devices) -> tuple[float, str]:
   """(FLOP/s of all the devices together, where the figure comes from).
 

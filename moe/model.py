@@ -296,12 +296,12 @@ class MoEBlock(_Weights):
     if decision is None:
       decision, state = TokenRouter(m, name="router")(x, context, state)
 
-    into = ("experts", "embed", "hidden")
+    into, out_of = experts_lib.EXPERT_AXES
     shape = (e.num_experts, m.d_model, e.d_expert)
     weights = experts_lib.Weights(
         gate=self.weight("gate", shape, into),
         up=self.weight("up", shape, into) if m.activation == "swiglu" else None,
-        down=self.weight("down", (e.num_experts, e.d_expert, m.d_model), ("experts", "hidden", "embed"), "residual"))
+        down=self.weight("down", (e.num_experts, e.d_expert, m.d_model), out_of, "residual"))
     if m.router.gate == "soft":
       out = experts_lib.apply_soft_experts(x, decision.choice, weights, activation=m.activation)
     else:

@@ -37,6 +37,7 @@ TABLE = {
     "head_dim": None,
     "latent": None,  # low-rank widths of latent attention
     "hidden": "tensor",  # F
+    "inner": ("tensor", "fsdp", "context"),  # F of the experts' second matrix
     "experts": "expert",  # E
     "router": None,  # E of the router matrix
     "vocab": "tensor",
@@ -144,7 +145,7 @@ def check_run(run: config.Run, mesh) -> None:
   must_divide("Model.d_model", model.d_model, "embed")
   must_divide("Attention.num_heads", model.attention.num_heads, "heads")
   must_divide("Attention.num_kv_heads", model.attention.kv_heads, "kv_heads")
-  must_divide("Experts.d_expert", model.experts.d_expert, "hidden")
+  must_divide("Experts.d_expert", model.experts.d_expert, "inner")
   must_divide("Experts.d_shared", model.experts.d_shared, "hidden")
   must_divide("Model.d_ff", model.d_ff, "hidden")
   must_divide("Model.vocab_size", model.vocab_size, "vocab")

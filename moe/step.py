@@ -16,6 +16,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe import config
+from moe import hardware
 from moe import model as model_lib
 from moe import optimizer as optimizer_lib
 from moe import schedules
@@ -271,8 +272,9 @@ def jit_train_step(run: config.Run, mesh):
   """The jitted step (state is donated), for calls under `jax.set_mesh(mesh)`."""
   shardings = jax.tree.map(lambda x: x.sharding, abstract_state(run, mesh))
   batch = Batch(*[sharding.batch_sharding(mesh)] * 4)
-  return jax.jit(functools.partial(train_step, run), donate_argnums=0,
-                 in_shardings=(shardings, batch), out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
+  options = hardware.compiler_options(mesh.devices.flat[0].device_kind) if run.train.offload_collectives else {}
+  return jax.jit(functools.partial(train_step, run), donate_argnums=0, in_shardings=(shardings, batch),
+                 out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())), compiler_options=options or None)
 
 
 def jit_eval_step(run: config.Run, mesh):

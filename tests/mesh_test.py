@@ -30,9 +30,9 @@ CASES = {
     "gather_context_capacity": ({"fsdp": 2, "context": 2, "tensor": 2}, {}, CAPACITY),
     "sigmoid": ({"expert": 4, "context": 2}, {"gate": "sigmoid", "bias_update_rate": 0.01}, {**DROPLESS, "overlap_degree": 2}),
     "cosine": ({"data": 2, "expert": 4}, {"gate": "cosine", "cosine_width": 8}, {**DROPLESS, "buffer_factor": 1.2}),
-    "expert_choice": ({"expert": 2, "context": 2, "tensor": 2}, {"gate": "expert_choice"},
+    "expert_choice": ({"expert": 2, "context": 2, "tensor": 2}, {"gate": "expert_choice", "allow_lookahead": True},
                       {**DROPLESS, "capacity_factor": 1.0}),
-    "soft": ({"fsdp": 2, "expert": 2, "context": 2}, {"gate": "soft", "soft_slots": 2}, {}),
+    "soft": ({"fsdp": 2, "expert": 2, "context": 2}, {"gate": "soft", "soft_slots": 2, "allow_lookahead": True}, {}),
     "recurrent": ({"slice": 2, "context": 2, "expert": 2}, {"recurrent": {"cell": "gru", "width": 8}}, DROPLESS),
 }
 FAST = ("context", "to_all_overflow", "to_all_everything")

@@ -16,6 +16,8 @@ from moe import config  # noqa: E402
 from moe import sharding  # noqa: E402
 from moe import step as step_lib  # noqa: E402
 from moe.kernels import cross_entropy  # noqa: E402
+from tools import compile_check  # noqa: E402
+from tools import hlo  # noqa: E402
 from tests import small  # noqa: E402
 
 pytestmark = [pytest.mark.tpu, pytest.mark.slow]
@@ -57,8 +59,69 @@ def test_expert_gradients_leave_by_reduce_scatter():
   run, program = compiled("v5e:2x4", {"fsdp": 8})
   e, d, f = run.model.experts.num_experts, run.model.d_model, run.model.experts.d_expert
   found = collectives(program.as_text())
-  assert sorted(found["reduce-scatter"]) == sorted([f"bf16[{e},{d // 8},{f}]"] * 2 + [f"bf16[{e},{f},{d // 8}]"])
+  assert sorted(found["reduce-scatter"]) == sorted([f"bf16[{e},{d // 8},{f}]"] * 2 + [f"bf16[{e},{f // 8},{d}]"])
   assert not [shape for shape in found["all-reduce"] if shape.endswith(f"[{e},{d},{f}]")]
+
+
+WIDE = {"remat": "full", "d_model": 1024, "attention": {"num_heads": 8, "num_kv_heads": 4, "head_dim": 128},
+        "experts": {"num_experts": 4, "d_expert": 4096, "backend": "ragged_dot"}}
+
+
+def walked(topology, mesh, **changes):
+  run, program = compiled(topology, mesh, data={"sequence_tokens": 1024}, **changes)
+  sizes = dict(sharding.make_mesh(run.mesh, topologies.get_topology_desc(topology, platform="tpu").devices).shape)
+  return hlo.walk(hlo.parse(program.as_text()), hlo.CHIPS[topology.split(":")[0]], sizes)
+
+
+@pytest.mark.parametrize("topology", ["v6e:2x4", "v5p:2x2x2"])
+def test_collectives_run_beside_the_matmuls(topology):
+  """Where there are SparseCores: weights are gathered and their gradients reduce-scattered asynchronously, and no expert
+  matrix is all-reduced. Without the options, the control, next to nothing is asynchronous."""
+  matrix = 2 * 4 * 1024 * 4096 * 4  # bytes of one kind of the experts' gradients in bfloat16, all layers
+  for offload in (True, False):
+    walk = walked(topology, {"fsdp": 8}, model=WIDE, train={"offload_collectives": offload})
+    moved = {k: sum(c.bytes for c in walk.collectives if c.kind == k) for k in ("all-gather", "reduce-scatter", "all-reduce")}
+    started = sum(c.bytes for c in walk.collectives if c.asynchronous) / sum(c.bytes for c in walk.collectives)
+    assert walk.unknown_trips == 0
+    if offload:
+      assert moved["all-reduce"] < 0.05 * matrix and moved["reduce-scatter"] > 3 * matrix * 7 / 8
+      assert started > 0.9 and hlo.overlapped_share(walk.collectives) > 0.5
+    else:
+      assert started < 0.2
+
+
+def matmuls_beside(program, kind):
+  """Experts' matmuls that stand between the start and the end of a transfer in the schedule."""
+  count = 0
+  for name in hlo.reached(program):
+    under_way = set()
+    for i in program.computations[name]:
+      if i.operation == f"{kind}-start":
+        under_way.add(i.name)
+      elif i.operation == f"{kind}-done":
+        under_way.discard(i.operands[0])
+      elif "ragged_dot" in i.source and i.operation == "custom-call":
+        count += bool(under_way)
+  return count
+
+
+def test_dispatch_runs_beside_the_experts():
+  """With two chunks the ragged all-to-all of one is under way while the other's experts compute, forward and backward."""
+  matmuls = {}
+  for degree in (1, 2):
+    experts = {**WIDE["experts"], "num_experts": 16, "overlap_degree": degree}
+    _, program = compiled("v5p:2x2x2", {"expert": 8}, data={"sequence_tokens": 1024}, model={**WIDE, "experts": experts})
+    matmuls[degree] = matmuls_beside(hlo.parse(program.as_text()), "ragged-all-to-all")
+  # One chunk: only weight gradients, which wait for no transfer of the rows' gradient.
+  assert matmuls[2] >= 2 * matmuls[1] > 0, matmuls
+
+
+def test_what_does_not_fit_is_told(capsys):
+  arguments = ["--gin_file=configs/run/mixtral_8x7b_v6e_64.gin", "--topology=v5e:2x2", "--gin.Mesh.fsdp=4",
+               "--gin.Model.num_layers=1", "--gin.Data.batch_sequences=32"]
+  assert compile_check.main(arguments) == 1
+  told = capsys.readouterr().out
+  assert "DOES NOT FIT" in told and "GB too many" in told and "state.params" in told and "Train.micro_batches = " in told
 
 
 @pytest.mark.parametrize("topology, fused", [("v5e:2x4", True), ("v6e:2x4", False)])
@@ -81,6 +144,11 @@ def test_a_large_vocabulary_is_never_whole(monkeypatch):
   assert not holds_all()
   monkeypatch.setattr(cross_entropy, "_LOGITS_BYTES", 1 << 40)  # the control: in one piece
   assert holds_all()
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"data": 4}], ids=str)
+def test_micro_batches_with_a_large_vocabulary_compile(mesh):
+  compiled("v5e:2x2", mesh, train={"micro_batches": 2}, model={"vocab_size": 131072})
 
 
 def test_exact_step_scope_compiles():

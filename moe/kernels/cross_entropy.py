@@ -57,9 +57,19 @@ def token_loss(hidden, head, targets, chunks: int | None = None) -> TokenLoss:
     return _chunked(chunks, "tensor" if mesh.shape["tensor"] > 1 else None, hidden, head, targets)
 
   # A shard_map, because in a loop over chunks the partitioner would reduce the head's gradient once a chunk.
-  rows, split = sharding.spec("batch", "sequence"), sharding.axes_of("embed", mesh)
+  rows, split, head = sharding.spec("batch", "sequence"), sharding.axes_of("embed", mesh), _barred(head)
   return TokenLoss(*jax.shard_map(device, in_specs=(rows, sharding.spec("embed", "vocab"), rows), out_specs=(rows,) * 3,
                                   check_vma=False)(hidden, head, targets))
+
+
+@jax.custom_vjp
+def _barred(head):
+  """The identity, with a barrier behind its gradient: libtpu 0.0.50 fails (while_loop_all_reduce_code_motion.cc) where the
+  reduced gradient is converted and added up over micro-batches."""
+  return head
+
+
+_barred.defvjp(lambda head: (head, None), lambda _, grad: (jax.lax.optimization_barrier(grad),))
 
 
 def chunks_for(rows: int, length: int, vocabulary: int) -> int:

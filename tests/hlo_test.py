@@ -1,0 +1,86 @@
+"""The reader of compiled programs: shapes, groups, trips, and the schedule of what overlaps, on texts written by hand."""
+
+import pytest
+from tools import hlo
+
+CHIP = hlo.Chip(clock=1e9, flops=1e12, hbm=1e12, links=1e9, hbm_bytes=1 << 30, network=1e8)
+SIZES = {"slice": 2, "fsdp": 2, "tensor": 2}
+
+PROGRAM = """HloModule m, is_scheduled=true
+
+%body (p: (s32[], f32[1000])) -> (s32[], f32[1000]) {
+  %p = (s32[], f32[1000]{0}) parameter(0)
+  %x = f32[1000]{0} get-tuple-element(%p), index=1
+  %start = (f32[1000]{0}, f32[2000]{0}) all-gather-start(%x), replica_groups={{0,2},{1,3},{4,6},{5,7}}, dimensions={0}
+  %work = f32[1000]{0} fusion(%x), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"3000"}
+  %done = f32[2000]{0} all-gather-done(%start), metadata={op_name="jit(step)/gather"}
+  ROOT %out = (s32[], f32[1000]{0}) tuple(%i, %work)
+}
+
+%condition (p: (s32[], f32[1000])) -> pred[] {
+  %p.1 = (s32[], f32[1000]{0}) parameter(0)
+  %limit = s32[] constant(5)
+  %i = s32[] get-tuple-element(%p.1), index=0
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%cheap (a: f32[1000]) -> f32[1000] {
+  %a = f32[1000]{0} parameter(0)
+  ROOT %c = f32[1000]{0} fusion(%a), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"100"}
+}
+
+%dear (a: f32[1000]) -> f32[1000] {
+  %a.1 = f32[1000]{0} parameter(0)
+  ROOT %d = f32[1000]{0} fusion(%a.1), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"100000"}
+}
+
+ENTRY %main (a: f32[1000]) -> f32[1000] {
+  %a.2 = f32[1000]{0} parameter(0), metadata={op_name="state.params"}
+  %loop = (s32[], f32[1000]{0}) while(%t), condition=%condition, body=%body, metadata={op_name="jit(step)/while"}
+  %choice = f32[1000]{0} conditional(%which, %a.2, %a.2), branch_computations={%cheap, %dear}
+  %kernel = f32[1000]{0} custom-call(%a.2), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+ "flops":"1" }}, backend_config={"cost_estimate":{"flops":"8500000"}}
+  ROOT %sum = f32[1000]{0} all-reduce(%choice), replica_groups=[2,4]<=[2,4]T(1,0), to_apply=%add
+}
+"""
+
+
+def test_walk():
+  program = hlo.parse(PROGRAM)
+  assert program.entry == "main"
+  walk = hlo.walk(program, CHIP, SIZES)
+  gather, reduce = walk.collectives
+  assert (gather.kind, gather.axes, gather.count, gather.asynchronous) == ("all-gather", ("fsdp",), 5, True)
+  assert gather.bytes == 5 * 4000 and gather.seconds == pytest.approx(5 * 4e-6)
+  assert gather.exposed == pytest.approx(5 * 1e-6)  # 3 of 4 us are hidden behind the fusion
+  assert reduce.kind == "all-reduce" and reduce.bytes == 2 * 4000 * 3 / 4 and reduce.exposed == reduce.seconds
+  kernel = 8.5e6 / (CHIP.flops * hlo.KERNEL_EFFICIENCY)
+  assert walk.compute == pytest.approx(5 * 3e-6 + 1e-7 + kernel)
+  assert walk.seconds == pytest.approx(walk.compute + gather.exposed + reduce.seconds)
+  assert walk.unknown_trips == 0
+
+
+def test_unknown_trips_are_counted():
+  text = PROGRAM.replace("%limit = s32[] constant(5)", "%limit = s32[] get-tuple-element(%p.1), index=0")
+  walk = hlo.walk(hlo.parse(text), CHIP, SIZES)
+  assert walk.unknown_trips == 1 and walk.collectives[0].count == 1
+
+
+@pytest.mark.parametrize("attribute, axes, members", [
+    ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", ("tensor",), 2),
+    ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", ("slice",), 2),
+    ("replica_groups=[1,8]<=[8]", ("slice", "fsdp", "tensor"), 8),
+    ("replica_groups=[2,4]<=[4,2]T(1,0)", ("slice", "fsdp"), 4),
+    ("replica_groups=mesh['slice'=2,'fsdp'=2,'tensor'=2] {'fsdp','tensor'}", ("fsdp", "tensor"), 4),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_2'}", ("tensor",), 2),
+    ("source_target_pairs={{0,2},{2,0},{1,3},{3,1}}", ("fsdp",), 2),
+    ("replica_groups={{0,3},{1,2}}", (), 2)])
+def test_groups(attribute, axes, members):
+  assert hlo.group_of(attribute, SIZES) == (axes, members)
+
+
+def test_sizes_and_largest():
+  assert hlo.size_of("(bf16[2,3]{1,0:T(8,128)S(1)}, f8e4m3fn[4], pred[])") == 12 + 4 + 1
+  assert hlo.largest(hlo.parse(PROGRAM), 2)[0] == (8000, "f32[2000]", "jit(step)/gather")
+  rows = hlo.summary(hlo.walk(hlo.parse(PROGRAM), CHIP, SIZES).collectives)
+  assert [r["kind"] for r in rows] == ["all-gather", "all-reduce"] and rows[0]["asynchronous_share"] == 1

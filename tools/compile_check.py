@@ -1,0 +1,268 @@
+"""Compiles the train step of a run for a pod that is not here, and says what the compiler knows: static, never TPU speed.
+
+    python -m tools.compile_check --gin_file=configs/run/mixtral_8x7b_v6e_64.gin                # its own topology
+    python -m tools.compile_check --gin_file=... --topology=v5p:4x4x4 --slices=2 --json
+    python -m tools.compile_check --gin_file=... --golden=FILE        # writes the budget of this run, or compares with it
+
+Fits or not and by how much, HBM by kind and the largest arrays by name, FLOPs and the MFU that the predicted step would have,
+collectives by kind and mesh axes, the predicted step time (tools/hlo.py has the model), seconds to compile. Needs libtpu
+(`bash tools/dev.sh tpu` makes such an environment), no TPU. Exit code 1: does not fit, or over its budget; 2: cannot compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import sys
+import time
+
+import jax
+
+from moe import config
+from moe import gin_config
+from moe import sharding
+from moe import sizes
+from moe import step as step_lib
+from tools import hlo
+
+# predicted / published step seconds of other programs compiled here, with their sources; the range is the error bar.
+VALIDATED: dict[str, float] = {}
+
+
+def devices_of(topology: str, slices: int = 1):
+  """The devices of a topology such as `v5p:4x4x4`, `slices` times."""
+  from jax.experimental import topologies
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  return topologies.get_topology_desc(topology, platform="tpu", num_slices=slices).devices
+
+
+def _local_bytes(tree) -> int:
+  """Bytes of abstract arrays on one device."""
+  total = 0
+  for x in jax.tree.leaves(tree):
+    size = x.dtype.itemsize
+    for n in x.sharding.shard_shape(x.shape):
+      size *= n
+    total += size
+  return total
+
+
+def check(run: config.Run, topology: str, slices: int = 1, options: dict | None = None) -> dict:
+  """Everything that is printed, as the JSON has it.
+
+  Args:
+    options: of the compiler (`jax.stages.Lowered.compile`).
+
+  Raises:
+    config.ConfigError: the run does not fit the mesh, or the topology is of no known chip.
+  """
+  chip_name = topology.split(":")[0]
+  if chip_name not in hlo.CHIPS:
+    raise config.ConfigError(f"--topology={topology} is of no known chip; known: {', '.join(hlo.CHIPS)}, as in v5p:4x4x4")
+  chip = hlo.CHIPS[chip_name]
+  devices = devices_of(topology, slices)
+  mesh = sharding.make_mesh(dataclasses.replace(run.mesh, slice=slices), devices)
+  sharding.check_run(run, mesh)
+  state, batch = step_lib.abstract_state(run, mesh), step_lib.abstract_batch(run, mesh)
+  tokens = run.tokens_per_step
+  flops = sizes.flops_per_token(run.model, run.data.sequence_tokens) * tokens / len(devices)
+  parameters, optimizer = _local_bytes(state.params), _local_bytes(state.opt_state)
+  result = {
+      "topology": topology, "slices": slices, "devices": len(devices), "jax": jax.__version__,
+      "libtpu": importlib.metadata.version("libtpu"),
+      "mesh": {a: n for a, n in mesh.shape.items() if n > 1}, "tokens_per_step": tokens, "flops": flops}
+  begin = time.perf_counter()
+  try:
+    with jax.set_mesh(mesh):
+      compiled = step_lib.jit_train_step(run, mesh).lower(state, batch).compile(compiler_options=options or {})
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    result["compile_seconds"] = time.perf_counter() - begin
+    return {**result, "fits": False, **_out_of_memory(str(error), state, chip),
+            "smaller": _smaller(run, topology, slices, options)}
+  result["compile_seconds"] = time.perf_counter() - begin
+  memory, program = compiled.memory_analysis(), hlo.parse(compiled.as_text())
+  walked = hlo.walk(program, chip, dict(mesh.shape))
+  arguments = memory.argument_size_in_bytes
+  peak = getattr(memory, "peak_memory_in_bytes", 0) or arguments + memory.temp_size_in_bytes
+  low, high = _range(walked.seconds)
+  return {
+      **result, "fits": peak <= chip.hbm_bytes,
+      "hbm": {"peak_bytes": peak, "limit_bytes": chip.hbm_bytes, "parameters": parameters, "optimizer": optimizer,
+              "other_arguments": arguments - parameters - optimizer, "temporaries": memory.temp_size_in_bytes,
+              "activations_saved": hlo.stacked_bytes(program, run.model.num_moe_layers),
+              "code": memory.generated_code_size_in_bytes,
+              "largest": [{"bytes": b, "shape": s, "source": n} for b, s, n in hlo.largest(program)]},
+      "collectives": hlo.summary(walked.collectives),
+      "overlapped_share": hlo.overlapped_share(walked.collectives),
+      "step_seconds": {"predicted": walked.seconds, "low": low, "high": high, "compute": walked.compute,
+                       "memory": walked.memory, "network": walked.network, "network_exposed": walked.exposed},
+      "unknown_trips": walked.unknown_trips, "mfu": flops / walked.seconds / chip.flops,
+      "tokens_per_second_per_device": tokens / len(devices) / walked.seconds}
+
+
+def _range(seconds: float) -> tuple[float | None, float | None]:
+  if not VALIDATED:
+    return None, None
+  return seconds / max(VALIDATED.values()), seconds / min(VALIDATED.values())
+
+
+def _smaller(run: config.Run, topology: str, slices: int, options) -> dict | None:
+  """The same run in twice as many micro-batches, and so on, until it fits: its report; None where the batch cannot be cut."""
+  count = 2 * run.train.micro_batches
+  try:
+    half = dataclasses.replace(run, train=dataclasses.replace(run.train, micro_batches=count))
+    result = check(half, topology, slices, options)
+  except config.ConfigError:
+    return None
+  return result.get("smaller") if not result["fits"] else {**result, "micro_batches": count}
+
+
+def _out_of_memory(text: str, state, chip: hlo.Chip) -> dict:
+  """What the compiler says when memory runs out: how much it wanted, and the largest allocations where it lists them; else
+  the largest of the arguments."""
+  used = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", text)
+  unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+  number = lambda word: int(float(word.rstrip("KMGT")) * unit.get(word[-1], 1))
+  largest = []
+  for part in re.split(r"\n\s*\d+\. Size: ", text)[1:13]:
+    shape, source = re.search(r"Shape: (\S+)", part), re.search(r'op_name="([^"]*)"', part)
+    largest.append({"bytes": number(part.split()[0]), "shape": shape[1].split("{")[0] if shape else "",
+                    "source": source[1] if source else ""})
+  if not largest:
+    leaves = [(_local_bytes(x), str(x.shape), jax.tree_util.keystr(path))
+              for path, x in jax.tree_util.tree_leaves_with_path(state)]
+    largest = [{"bytes": b, "shape": s, "source": "state" + n} for b, s, n in sorted(leaves, reverse=True)[:6]]
+  temporaries = re.search(r"total memory required for HLO temporaries \(([\d.]+[KMGT]?)\)", text)
+  if used:
+    wanted = number(used[1])
+  else:
+    wanted = number(temporaries[1]) + _local_bytes(state) if temporaries else None
+  return {"hbm": {"peak_bytes": wanted, "limit_bytes": chip.hbm_bytes, "largest": largest},
+          "problem": "" if wanted else " ".join(text.split())[:300]}
+
+
+_REMEDY = ("what to change: more micro-batches (Train.micro_batches), Model.remat = 'full', a larger fsdp or expert axis "
+           "(parameters and optimizer), a larger context axis (activations), a smaller Experts.buffer_factor (receive buffers)")
+
+
+def text(result: dict) -> str:
+  """The report for people."""
+  gb = lambda n: f"{n / 1e9:.2f} GB"
+  hbm = result["hbm"]
+  mesh = " x ".join(f"{a} {n}" for a, n in result["mesh"].items())
+  lines = [f"{result['topology']}" + (f" x {result['slices']} slices" if result["slices"] > 1 else "")
+           + f": {result['devices']} devices, mesh {mesh}; {result['tokens_per_step']:,} tokens a step; compiled in "
+           f"{result['compile_seconds']:.0f} s (jax {result['jax']}, libtpu {result['libtpu']}), not run"]
+  largest = [f"    {gb(b['bytes']):>9s}  {b['shape']:<28s} {b['source'][-80:]}" for b in hbm["largest"]]
+  if not result["fits"]:
+    if hbm["peak_bytes"] is None:
+      lines.append(f"  DOES NOT FIT: {result['problem']}")
+    else:
+      lines.append(f"  DOES NOT FIT: {gb(hbm['peak_bytes'])} of {gb(hbm['limit_bytes'])}, "
+                   f"{gb(hbm['peak_bytes'] - hbm['limit_bytes'])} too many; the largest:")
+    lines += [*largest, "  " + _REMEDY]
+    if result["smaller"]:
+      lines += [f"  Train.micro_batches = {result['smaller']['micro_batches']} makes it fit:", text(result["smaller"])]
+    return "\n".join(lines)
+  seconds, share = result["step_seconds"], result["overlapped_share"]
+  lines += [
+      f"  fits: {gb(hbm['peak_bytes'])} of {gb(hbm['limit_bytes'])} at the peak; "
+      f"parameters {gb(hbm['parameters'])}, optimizer {gb(hbm['optimizer'])}, temporaries {gb(hbm['temporaries'])}, of which "
+      f"saved by layer {gb(hbm['activations_saved'])}",
+      "  largest arrays:", *largest,
+      f"  collectives (bytes sent by a device in a step; {share:.0%} of them beside other work by the model):"]
+  for row in result["collectives"]:
+    lines.append(f"    {row['kind']:18s} over {' x '.join(row['axes']) or '?':16s} {gb(row['bytes']):>10s} in "
+                 f"{row['count']:5d}, {row['asynchronous_share']:.0%} asynchronous, {row['exposed_seconds'] * 1e3:.1f} of "
+                 f"{row['seconds'] * 1e3:.1f} ms exposed")
+  bar = (f"{seconds['low']:.3f} to {seconds['high']:.3f} by {len(VALIDATED)} validated rows" if seconds["low"]
+         else "error bar unknown: no published step has been compared yet")
+  lines.append(f"  static estimate of a step: {seconds['predicted']:.3f} s ({bar}): compute {seconds['compute']:.3f}, memory "
+               f"{seconds['memory']:.3f}, network {seconds['network']:.3f} of which exposed {seconds['network_exposed']:.3f}"
+               + (f"; {result['unknown_trips']} loops of unknown length counted once" if result["unknown_trips"] else ""))
+  lines.append(f"  {result['flops'] / 1e12:.1f} model TFLOPs a device; MFU at that step {result['mfu']:.1%}; "
+               f"{result['tokens_per_second_per_device']:,.0f} tokens/s a device")
+  return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------- budget
+
+
+def budget(result: dict) -> dict:
+  """What may not grow under the same (jax, libtpu, topology): bytes at the peak, and bytes of each collective."""
+  return {"peak_bytes": result["hbm"]["peak_bytes"],
+          **{f"{row['kind']} over {' x '.join(row['axes'])}": int(row["bytes"]) for row in result["collectives"]}}
+
+
+def budget_key(result: dict) -> str:
+  return f"jax {result['jax']}, libtpu {result['libtpu']}, {result['topology']} x {result['slices']}"
+
+
+def over_budget(result: dict, path: pathlib.Path, name: str, slack: float = 1.01) -> list[str]:
+  """What grew over the recorded budget; a run without one under this key is recorded."""
+  recorded = json.loads(path.read_text()) if path.exists() else {}
+  now, entry = budget(result), recorded.setdefault(name, {})
+  before = entry.get(budget_key(result))
+  if before is None:
+    entry[budget_key(result)] = now
+    path.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
+    return []
+  return [f"{what}: {value:,} bytes, budget {before.get(what, 0):,}" for what, value in now.items()
+          if value > slack * before.get(what, 0)]
+
+
+def topology_in(path: pathlib.Path) -> tuple[str, int]:
+  """The topology that a run config names in its head: `# For v6e:8x8` or `# For v5p:4x4x4, 2 slices`.
+
+  Raises:
+    config.ConfigError: it names none.
+  """
+  found = re.search(r"^# For ([\w]+:[\dx]+)(?:, (\d+) slices)?", path.read_text(), re.MULTILINE)
+  if not found:
+    raise config.ConfigError(f"{path} names no topology in a line `# For v5p:4x4x4`; pass --topology")
+  return found[1], int(found[2] or 1)
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  gin_config.add_arguments(parser)
+  parser.add_argument("--topology", help="such as v5p:4x4x4; default: the one the run config names")
+  parser.add_argument("--slices", type=int, help="slices of that topology; default: as the run config says, else 1")
+  parser.add_argument("--xla", action="append", default=[], metavar="NAME=VALUE", help="an option of the compiler")
+  parser.add_argument("--golden", type=pathlib.Path, help="file of budgets, to record in or to compare with")
+  parser.add_argument("--json", action="store_true")
+  arguments, rest = parser.parse_known_args(argv)
+  if importlib.util.find_spec("libtpu") is None:
+    print("compile_check needs libtpu: pip install 'jax[tpu]' (Python >= 3.12 for the pinned pair)", file=sys.stderr)
+    return 2
+  jax.config.update("jax_platforms", "cpu")
+  try:
+    run = gin_config.from_arguments(arguments, rest).run
+    topology, slices = arguments.topology, arguments.slices or 1
+    if topology is None:
+      topology, named = topology_in(pathlib.Path(arguments.gin_file[-1]))
+      slices = arguments.slices or named
+    result = check(run, topology, slices, dict(o.split("=", 1) for o in arguments.xla))
+  except (config.ConfigError, jax.errors.JaxRuntimeError, ValueError) as error:
+    print(f"compile_check: {' '.join(str(error).split())[:600]}", file=sys.stderr)
+    return 2
+  print(json.dumps(result) if arguments.json else text(result))
+  if not result["fits"]:
+    return 1
+  grown = over_budget(result, arguments.golden, pathlib.Path(arguments.gin_file[-1]).stem) if arguments.golden else []
+  for line in grown:
+    print(f"  over its budget: {line}")
+  return 1 if grown else 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,435 @@
+"""Reads a program compiled for TPU, as text: its collectives, a step-time model that walks the compiler's schedule, big arrays.
+
+    program = parse(compiled.as_text())
+    walk(program, chip, mesh_sizes) -> Walk(seconds, collectives, ...)
+
+The model: a fusion takes the cycles that the compiler writes beside it; a kernel (custom call) the larger of its declared FLOPs
+over the peak and of its bytes over the HBM's rate, with an efficiency; a collective its bytes over the links. A loop counts its
+trips, a conditional its cheaper branch (the overflow of the experts' exchange, for one, hardly ever runs). What starts and ends
+asynchronously runs beside the instructions in between, one transfer at a time for each set of mesh axes. Where the compiler
+says nothing of cycles, bytes over the HBM's rate. Nothing here has run on a TPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Figures of a chip as JAX sees it (TPU7x: one of its two halves), from the vendor's pages."""
+
+  clock: float  # Hz; of v6e and TPU7x assumed
+  flops: float  # bfloat16 FLOP/s
+  hbm: float  # bytes/s
+  links: float  # bytes/s of all its links together, one way
+  hbm_bytes: int  # that the compiler hands out
+  network: float  # bytes/s of its share of the data-centre network
+
+
+CHIPS = {
+    "v5e": Chip(1.503e9, 197e12, 0.819e12, 200e9, int(15.75 * 2**30), 3.1e9),
+    "v5p": Chip(1.751e9, 459e12, 2.765e12, 600e9, int(95.74 * 2**30), 6.25e9),
+    "v6e": Chip(1.755e9, 918e12, 1.64e12, 400e9, int(31.24 * 2**30), 12.5e9),
+    "tpu7x": Chip(2.2e9, 1153e12, 3.69e12, 300e9, int(94.75 * 2**30), 6.25e9),
+}
+KERNEL_EFFICIENCY = 0.85  # of declared FLOPs over the peak: the middle of tokamax's published timings of grouped matmuls
+
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2,
+          "f16": 2,
+          "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all", "collective-permute")
+_NOTHING = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id")
+
+
+@dataclasses.dataclass
+class Instruction:
+  name: str
+  shape: str  # as written: an array or a tuple of them
+  operation: str
+  operands: list[str]
+  rest: str  # attributes
+
+  @property
+  def bytes(self) -> float:
+    return size_of(self.shape)
+
+  def called(self, attribute: str) -> str | None:
+    found = re.search(attribute + r"=%?([\w.\-]+)", self.rest)
+    return found[1] if found else None
+
+  @property
+  def source(self) -> str:
+    """The operation of the JAX program it comes from."""
+    begin = self.rest.find('op_name="')
+    return self.rest[begin + 9:self.rest.index('"', begin + 9)] if begin >= 0 else ""
+
+
+@dataclasses.dataclass
+class Program:
+  computations: dict[str, list[Instruction]]
+  entry: str
+
+
+@dataclasses.dataclass
+class Collective:
+  """One collective instruction, all its trips together."""
+
+  kind: str
+  axes: tuple[str, ...]
+  bytes: float  # over the links of one device
+  count: int
+  asynchronous: bool
+  seconds: float
+  exposed: float  # seconds that nothing runs beside
+  source: str
+
+
+@dataclasses.dataclass
+class Walk:
+  """Seconds of a program by what they are spent on; `seconds` is not their sum, because they overlap."""
+
+  seconds: float = 0.0
+  compute: float = 0.0  # fusions and kernels
+  memory: float = 0.0  # copies, and fusions that the compiler gives no cycles
+  network: float = 0.0
+  exposed: float = 0.0  # network with nothing beside it
+  unknown_trips: int = 0
+  collectives: list[Collective] = dataclasses.field(default_factory=list)
+
+
+def size_of(shape: str) -> float:
+  """Bytes of all arrays in a shape."""
+  total = 0.0
+  for kind, dims in re.findall(r"\b([a-z]+\d*(?:e\d+m\d+(?:fn)?)?)\[([\d,]*)\]", shape):
+    if kind in _BYTES:
+      total += _BYTES[kind] * math.prod(map(int, filter(None, dims.split(","))))
+  return total
+
+
+def parse(text: str) -> Program:
+  """Computations by name. An instruction starts with two blanks and a name; metadata of kernels may go on over lines."""
+  computations: dict[str, list[Instruction]] = {}
+  entry, current, pending = "", None, ""
+
+  def flush():
+    nonlocal pending
+    if pending and current is not None:
+      made = _instruction(pending)
+      if made:
+        current.append(made)
+    pending = ""
+
+  for line in text.splitlines():
+    if line.startswith(("  %", "  ROOT %")):
+      flush()
+      pending = line
+    elif line.startswith("%") or line.startswith("ENTRY"):
+      flush()
+      name = line.removeprefix("ENTRY ").split(" ", 1)[0].lstrip("%")
+      current = computations.setdefault(name, [])
+      entry = name if line.startswith("ENTRY") else entry
+    elif line.startswith("}"):
+      flush()
+    elif pending:
+      pending += line
+  flush()
+  return Program(computations, entry)
+
+
+def _instruction(line: str) -> Instruction | None:
+  name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+  if rest.startswith("("):  # a tuple: up to its closing bracket
+    end = _closing(rest, 0)
+    shape, rest = rest[:end + 1], rest[end + 2:]
+  else:
+    shape, _, rest = rest.partition(" ")
+  operation, bracket, rest = rest.partition("(")
+  if not bracket:
+    return None
+  end = _closing(rest, 1)
+  attributes = rest if operation == "constant" else rest[end + 1:]
+  return Instruction(name.lstrip("%"), shape, operation, re.findall(r"%([\w.\-]+)", rest[:end]), attributes)
+
+
+def _closing(text: str, depth: int) -> int:
+  """Where the bracket closes that is `depth` deep at the start."""
+  for at, letter in enumerate(text):
+    depth += (letter == "(") - (letter == ")")
+    if not depth:
+      return at
+  return len(text)
+
+
+def trips(program: Program, loop: Instruction) -> int | None:
+  """How often a loop runs: its condition compares a counter from 0 with a constant. None where it does not."""
+  found = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
+  if found:
+    return int(found[1])
+  condition = program.computations.get(loop.called("condition") or "", [])
+  limits = [int(c[1]) for i in condition if i.operation == "constant" and re.match(r"[su]32\[\]", i.shape)
+            for c in [re.match(r"(\d+)\)", i.rest)] if c]
+  return limits[0] if len(limits) == 1 else None
+
+
+def group_of(rest: str, sizes: dict[str, int]) -> tuple[tuple[str, ...], int]:
+  """(mesh axes, devices) that a collective spans; axes () where the group is no product of axes."""
+  named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
+  real = [a for a in sizes if sizes[a] > 1]
+  if named:
+    listed = dict((k, int(v)) for k, v in re.findall(r"'([\w]+)'=(\d+)", named[1]))
+    long, used = [a for a in listed if listed[a] > 1], re.findall(r"'([\w]+)'", named[2])
+    # The partitioner sometimes calls the same axes axis_0, axis_1 ...
+    rename = dict(zip(long, real)) if [listed[a] for a in long] == [sizes[a] for a in real] else {}
+    return tuple(rename.get(a, a) for a in used if listed[a] > 1), math.prod(listed[a] for a in used)
+  groups = re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", rest)
+  iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+  pairs = re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", rest)
+  first: list[int] = []
+  if groups:
+    first = [int(n) for n in groups[1].split("}")[0].strip("{").split(",") if n.strip()]
+  elif iota:
+    shape, dims = ([int(n) for n in g.split(",")] for g in (iota[1], iota[2]))
+    order = [int(n) for n in iota[3].split(",")] if iota[3] else list(range(len(dims)))
+    first = _iota(dims, order)[:shape[-1]]
+  elif pairs:  # the devices that the first one reaches
+    ways = dict(tuple(map(int, p.split(","))) for p in re.findall(r"(\d+,\d+)", pairs[1]))
+    at = next(iter(ways))
+    while at not in first:
+      first.append(at)
+      at = ways.get(at, at)
+  return _axes_of(first, sizes), len(first)
+
+
+def _iota(dims: list[int], order: list[int]) -> list[int]:
+  strides = [math.prod(dims[i + 1:]) for i in range(len(dims))]
+  return [sum(n * strides[a] for n, a in zip(at, order)) for at in itertools.product(*(range(dims[a]) for a in order))]
+
+
+def _axes_of(members: list[int], sizes: dict[str, int]) -> tuple[str, ...]:
+  names = [a for a in sizes if sizes[a] > 1]
+  dims = [sizes[a] for a in names]
+  strides = [math.prod(dims[i + 1:]) for i in range(len(dims))]
+  for count in range(1, len(names) + 1):
+    for chosen in itertools.combinations(range(len(names)), count):
+      if math.prod(dims[i] for i in chosen) == len(members):
+        places = itertools.product(*(range(dims[i]) for i in chosen))
+        offsets = {sum(n * strides[i] for n, i in zip(at, chosen)) for at in places}
+        if {m - min(members) for m in members} == offsets:
+          return tuple(names[i] for i in chosen)
+  return ()
+
+
+def moved_bytes(kind: str, result: float, members: int, operand: float) -> float:
+  """Bytes that one device sends, by the ring or direct algorithm."""
+  share = (members - 1) / members if members else 0.0
+  return {"all-gather": result * share, "reduce-scatter": operand * share, "all-reduce": 2 * operand * share,
+          "collective-permute": operand}.get(kind, operand * share)
+
+
+class _Walker:
+  def __init__(self, program: Program, chip: Chip, sizes: dict[str, int]):
+    self.program, self.chip, self.sizes = program, chip, sizes
+    self.cache: dict[str, Walk] = {}
+
+  def walk(self, name: str) -> Walk:
+    if name not in self.cache:
+      self.cache[name] = self._walk(self.program.computations.get(name, []))
+    return self.cache[name]
+
+  def _walk(self, instructions: list[Instruction]) -> Walk:
+    out, now, free = Walk(), 0.0, {}
+    started: dict[str, tuple[float, Collective]] = {}
+    shapes = {i.name: i for i in instructions}
+    for i in instructions:
+      kind = i.operation.removesuffix("-start").removesuffix("-done")
+      inside = self._collective_within(i)
+      if i.operation == "while":
+        body, count = self.walk(i.called("body") or ""), trips(self.program, i)
+        out.unknown_trips += count is None
+        now += self._add(out, body, 1 if count is None else count)
+      elif i.operation == "conditional":
+        branches = [self.walk(b) for b in self._branches(i)]
+        if branches:
+          now += self._add(out, min(branches, key=lambda w: w.seconds), 1)
+      elif i.operation == "call":
+        now += self._add(out, self.walk(i.called("to_apply") or ""), 1)
+      elif i.operation == "call-update":  # a transfer by the SparseCore gets its operands and begins
+        if i.operands and i.operands[0] in started:
+          _, collective = started.pop(i.operands[0])
+          begin = max(now, free.get(collective.axes, 0.0))
+          free[collective.axes] = begin + collective.seconds
+          started[i.name] = begin + collective.seconds, collective
+      elif i.operation.endswith("-done"):
+        if i.operands and i.operands[0] in started:
+          end, collective = started.pop(i.operands[0])
+          wait = max(end - now, 0.0)
+          collective.exposed = min(wait, collective.seconds)
+          out.exposed += collective.exposed
+          now += wait
+      elif inside is not None or kind in _KINDS:
+        kind = kind if kind in _KINDS else inside.operation.removesuffix("-start")
+        collective = self._collective(i, kind, inside or i, shapes)
+        out.collectives.append(collective)
+        out.network += collective.seconds
+        if collective.asynchronous:
+          begin = max(now, free.get(collective.axes, 0.0))
+          free[collective.axes] = begin + collective.seconds
+          started[i.name] = begin + collective.seconds, collective
+        else:
+          # A fusion around a collective computes too: the longer of both.
+          cycles = _cycles(i) / self.chip.clock if inside is not None else 0.0
+          collective.exposed = max(collective.seconds - cycles, 0.0)
+          out.compute += cycles
+          out.exposed += collective.exposed
+          now += max(collective.seconds, cycles)
+      elif i.operation not in _NOTHING and not i.operation.endswith("-start"):
+        seconds, memory = self._operation(i, shapes)
+        out.memory += seconds if memory else 0.0
+        out.compute += 0.0 if memory else seconds
+        now += seconds
+    out.seconds = now
+    return out
+
+  def _add(self, out: Walk, part: Walk, count: int) -> float:
+    for field in ("compute", "memory", "network", "exposed"):
+      setattr(out, field, getattr(out, field) + count * getattr(part, field))
+    out.unknown_trips += part.unknown_trips
+    out.collectives += [dataclasses.replace(c, bytes=c.bytes * count, count=c.count * count, seconds=c.seconds * count,
+                                            exposed=c.exposed * count) for c in part.collectives]
+    return part.seconds * count
+
+  def _branches(self, i: Instruction) -> list[str]:
+    listed = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
+    if listed:
+      return [n.strip().lstrip("%") for n in listed[1].split(",")]
+    return [n for n in (i.called("true_computation"), i.called("false_computation")) if n]
+
+  def _collective_within(self, i: Instruction) -> Instruction | None:
+    """The collective that a fusion or an asynchronous call wraps."""
+    if i.operation not in ("fusion", "async-start", "call-start"):
+      return None
+    for inner in self.program.computations.get(i.called("to_apply" if i.operation == "call-start" else "calls") or "", []):
+      if inner.operation.removesuffix("-start") in _KINDS:
+        return inner
+    return None
+
+  def _collective(self, i: Instruction, kind: str, inner: Instruction, shapes) -> Collective:
+    axes, members = group_of(inner.rest, self.sizes)
+    operand = sum(shapes[o].bytes for o in i.operands if o in shapes)
+    result = i.bytes
+    if i.operation == "call-start":  # the shapes stand within
+      operand = max(p.bytes for p in self.program.computations[i.called("to_apply")] if p.operation == "parameter")
+      moved = moved_bytes(kind, inner.bytes, members, operand)
+      return Collective(kind, axes, moved, 1, True, moved / self._rate(axes), 0.0, inner.source or i.source)
+    if kind == "all-reduce" and "scatter" in (i.called("calls") or ""):  # a fusion that keeps its slice
+      kind = "reduce-scatter"
+    if i.operation.endswith("-start"):  # (operands, results, ...)
+      result = max(result - operand, 0.0)
+      if kind == "ragged-all-to-all":
+        operand = shapes[i.operands[0]].bytes if i.operands and i.operands[0] in shapes else result
+    elif kind == "ragged-all-to-all":
+      operand = shapes[i.operands[0]].bytes if i.operands[0] in shapes else result
+    moved = moved_bytes(kind, result, members, operand)
+    seconds = moved / self._rate(axes)
+    return Collective(kind, axes, moved, 1, i.operation.endswith("-start"), seconds, 0.0, inner.source or i.source)
+
+  def _rate(self, axes) -> float:
+    return self.chip.network if "slice" in axes else self.chip.links
+
+  def _operation(self, i: Instruction, shapes) -> tuple[float, bool]:
+    """(seconds, whether it is memory traffic alone)."""
+    moved = i.bytes + sum(shapes[o].bytes for o in i.operands if o in shapes)
+    if i.operation == "custom-call":
+      if "tpu_custom_call" not in i.rest:
+        return 0.0, True
+      flops = re.search(r'cost_estimate":\{"flops":"(\d+)"', i.rest)
+      work = int(flops[1]) / (self.chip.flops * KERNEL_EFFICIENCY) if flops else 0.0
+      cycles = _cycles(i) / self.chip.clock
+      return max(work, cycles if not flops else 0.0, moved / self.chip.hbm), False
+    cycles = _cycles(i)
+    if cycles:
+      return cycles / self.chip.clock, i.operation == "copy"
+    return (moved / self.chip.hbm, True) if moved > 1 << 20 and "S(1)" not in i.shape else (0.0, True)
+
+
+def _cycles(i: Instruction) -> int:
+  at = i.rest.find('"estimated_cycles":"')
+  if at < 0:
+    return 0
+  value = int(i.rest[at + 20:i.rest.index('"', at + 20)])
+  return value if value < 1 << 50 else 0  # the compiler's word for "unknown" is near 2^63
+
+
+def walk(program: Program, chip: Chip, sizes: dict[str, int]) -> Walk:
+  """The step-time model on a whole program; `sizes`: mesh axis -> length, in the order of the devices."""
+  return _Walker(program, chip, sizes).walk(program.entry)
+
+
+def reached(program: Program) -> list[str]:
+  """Computations that run as control flow (not fused ones), the entry first."""
+  found, waiting = [], [program.entry]
+  while waiting:
+    name = waiting.pop()
+    if name in found or name not in program.computations:
+      continue
+    found.append(name)
+    for i in program.computations[name]:
+      if i.operation in ("while", "conditional", "call"):
+        names = re.findall(r"%([\w.\-]+)", i.rest[:i.rest.find("metadata")])
+        waiting += [n for n in names if n in program.computations]
+  return found
+
+
+def largest(program: Program, count: int = 12) -> list[tuple[float, str, str]]:
+  """(bytes, shape, operation of the JAX program) of the largest arrays in HBM, one of each shape and source."""
+  seen: dict[tuple[str, str], float] = {}
+  for name in reached(program):
+    for i in program.computations[name]:
+      if i.operation in _NOTHING and i.operation != "parameter" or i.operation in ("while", "conditional"):
+        continue
+      if i.operation.endswith(("-start", "-update")):
+        continue
+      if i.operation == "parameter" and name != program.entry:
+        continue
+      for shape in re.findall(r"[a-z]+\d*\[[\d,]*\]\{[^}]*\}", i.shape):
+        if "S(1)" not in shape:
+          seen[shape.split("{")[0], i.source] = size_of(shape)
+  return [(size, *key) for key, size in sorted(seen.items(), key=lambda item: -item[1])[:count]]
+
+
+def stacked_bytes(program: Program, layers: int) -> float:
+  """Bytes of what the forward loop over layers leaves for the backward one: arrays written a layer at a time."""
+  found = {}
+  for name in reached(program):
+    for i in program.computations[name]:
+      if "jvp(" in i.source and "transpose(" not in i.source and "dynamic_update_slice" in i.source and i.operation == "fusion":
+        for shape in re.findall(r"[a-z]+\d*\[[\d,]*\]\{[^}]*\}", i.shape):
+          if shape.split("[")[1].split(",")[0] == str(layers) and "S(1)" not in shape:
+            found[i.name, shape] = size_of(shape)
+  return sum(found.values())
+
+
+def summary(collectives: list[Collective]) -> list[dict]:
+  """One row for each kind and set of axes, largest first."""
+  rows: dict[tuple, dict] = {}
+  for c in collectives:
+    row = rows.setdefault((c.kind, c.axes), {"kind": c.kind, "axes": list(c.axes), "bytes": 0.0, "count": 0, "seconds": 0.0,
+                                             "exposed_seconds": 0.0, "asynchronous_bytes": 0.0})
+    row["bytes"] += c.bytes
+    row["count"] += c.count
+    row["seconds"] += c.seconds
+    row["exposed_seconds"] += c.exposed
+    row["asynchronous_bytes"] += c.bytes * c.asynchronous
+  for row in rows.values():
+    row["asynchronous_share"] = row.pop("asynchronous_bytes") / row["bytes"] if row["bytes"] else 0.0
+  return sorted(rows.values(), key=lambda r: -r["bytes"])
+
+
+def overlapped_share(collectives: list[Collective]) -> float:
+  """Share of the collectives' bytes that move beside other work, by the model."""
+  total = sum(c.bytes for c in collectives)
+  return sum(c.bytes * (1 - c.exposed / c.seconds) for c in collectives if c.seconds) / total if total else 1.0

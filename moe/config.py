@@ -232,7 +232,7 @@ class Experts(_Checked):
   capacity_group: str = "sequence"  # whose tokens share the slots: a row, or the whole microbatch
   drop_policy: str = "position"  # who keeps a slot: earlier tokens | higher probability | random (both look ahead)
   backend: str = "auto"  # of the matmuls: loop | ragged_dot | dense | fused | tokamax; auto: kernels/plan.py chooses
-  dispatch: str = "auto"  # all_gather | all_to_all: how tokens reach their experts; auto: all_to_all if expert > top_k
+  dispatch: str = "auto"  # all_gather | all_to_all: how tokens reach their experts; auto: all_to_all but on CPU
   buffer_factor: float = 1.5  # receive buffers of all_to_all over the mean; what is beyond takes further rounds
   overlap_degree: int = 1  # chunks of tokens whose transfers may run beside other chunks' matmuls
   forward_weights: str = ""  # int8 | float8_e4m3fn: the experts' matrices in the forward; their gradient passes through

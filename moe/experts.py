@@ -5,7 +5,7 @@ Every device starts with tokens of its own: the batch is split over (slice, data
 width, so tokens travel between the devices of a group, expert x tensor:
 
     all_gather   every device gets all tokens of the group, runs its experts on the selections that are theirs, and the partial
-                 sums are reduce-scattered: exact for any imbalance, cheapest while the group is no larger than top_k
+                 sums are reduce-scattered: exact for any imbalance; moves less while the group is smaller than top_k
     all_to_all   each selection goes to the device of its expert (`ragged_all_to_all`; exchange.py has the offsets), is
                  gathered over `tensor` there, and comes back. Receive buffers are bounded at `Experts.buffer_factor` times
                  the mean; what does not fit goes in further rounds, so that this too is exact for any imbalance
@@ -80,7 +80,7 @@ class _Layout(NamedTuple):
 def layout(mesh, rows: int, length: int, top_k: int, experts: config.Experts) -> _Layout:
   """The layout for [rows, length] tokens in all.
 
-  `auto` takes all_to_all where more devices share the experts than a token has experts: that is where it moves less.
+  `auto` takes all_to_all, whose buffers are bounded, on accelerators, and all_gather on CPU, which has no such operation.
   """
   if mesh.empty:
     return _Layout("all_gather", PartitionSpec(), (), (), 1, 1, 0)
@@ -90,7 +90,7 @@ def layout(mesh, rows: int, length: int, top_k: int, experts: config.Experts) ->
   members = mesh.shape["expert"]
   dispatch = experts.dispatch
   if dispatch == "auto":
-    dispatch = "all_to_all" if members > top_k else "all_gather"
+    dispatch = "all_gather" if mesh.abstract_mesh.abstract_device.platform == "cpu" else "all_to_all"
   if not split or members == 1:
     dispatch = "all_gather"
   tokens = rows * length // (sharding.parts("batch", mesh) * (sharding.parts("part", mesh) if split else 1))
@@ -251,6 +251,16 @@ def kernel_shape(run: config.Run, mesh) -> kernel_plan.Shape:
   return kernel_plan.Shape(tokens, top_k, owned, total, m.d_model, hidden, m.activation == "swiglu", m.compute_dtype)
 
 
+def filled_rows(run: config.Run, mesh) -> float:
+  """Share of the rows of a device's matmuls that hold a selection when loads are even."""
+  rows, length, top_k = run.data.batch_sequences // run.train.micro_batches, run.data.sequence_tokens, run.model.router.top_k
+  lay = layout(mesh, rows, length, top_k, run.model.experts)
+  if lay.dispatch == "all_gather":
+    return 1 / lay.members
+  own = rows * length * top_k // (sharding.parts("batch", mesh) * sharding.parts("part", mesh) * lay.chunks)
+  return own / lay.bound
+
+
 def kernel_choice(run: config.Run, mesh) -> kernel_plan.Choice:
   """The kernels that they get.
 
@@ -341,9 +351,10 @@ def _experts(x, gates, plan: Plan, *, total: int, matrices: _Matrices, activatio
 def _weighted_sum(rows, plan: Plan, gates):
   """[R, D] sorted by expert, [T, K] -> [T, D], summed in float32."""
   parts = _from_experts(rows, plan, gates.shape[-1])  # [T, K, D]
-  own = (plan.inverse < jnp.sum(plan.sizes)).reshape(gates.shape)
-  scale = jnp.where(own, gates, 0.0)
-  return jnp.sum(parts.astype(jnp.float32) * scale[..., None], 1).astype(rows.dtype)
+  own = (plan.inverse < jnp.sum(plan.sizes)).reshape(gates.shape)[..., None]
+  # Rows of nobody may hold anything, NaN too: a kernel need not write them. So away with them before they meet a gate.
+  parts = jnp.where(own, parts, 0).astype(jnp.float32)
+  return jnp.sum(parts * gates[..., None], 1).astype(rows.dtype)
 
 
 # Sorting by expert is a permutation of T x K rows, cut off after R; both directions are gathers, whereas the automatic

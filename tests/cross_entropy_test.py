@@ -78,7 +78,8 @@ def test_no_array_holds_all_logits():
 
 def test_chunks_by_size():
   assert cross_entropy.chunks_for(8, 256, 512) == 1
-  assert cross_entropy.chunks_for(8, 4096, 129_280) == 256  # 16 tokens of 8 rows: 63 MiB
+  assert cross_entropy.chunks_for(8, 4096, 129_280) == 32  # 128 tokens of 8 rows
+  assert cross_entropy.chunks_for(8, 4096, 4096) == 8  # 64 MiB
   assert cross_entropy.chunks_for(1000, 6, 129_280) == 6
   with pytest.raises(ValueError, match="24 tokens into 7 chunks"):
     cross_entropy.token_loss(*inputs(), 7)

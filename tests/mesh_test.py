@@ -1,7 +1,6 @@
 """Any factorisation of eight devices gives the single-device loss, gradients and balance loss; dispatch, overflow, refusals."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -195,7 +194,19 @@ def test_rules_are_checked():
 
 def test_layout_by_size():
   mesh = sharding.make_mesh(config.Mesh(expert=4, tensor=2))
-  of = functools.partial(experts.layout, mesh, 8, 64, experts=config.Experts(num_experts=8, d_expert=16))
-  assert of(top_k=2).dispatch == "all_to_all" and of(top_k=4).dispatch == "all_gather"
-  assert of(top_k=2).bound == 1.5 * 8 * 64 // 8 * 2
+  block = config.Experts(num_experts=8, d_expert=16)
+  assert experts.layout(mesh, 8, 64, 2, block).dispatch == "all_gather"  # CPU
+  device = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=None, platform="tpu")
+  tpu = mesh.abstract_mesh.update(abstract_device=device)
+  assert experts.layout(tpu, 8, 64, 2, block).dispatch == "all_to_all"
+  block = config.Experts(num_experts=8, d_expert=16, dispatch="all_to_all")
+  assert experts.layout(mesh, 8, 64, 2, block).bound == 1.5 * 8 * 64 // 8 * 2
   assert experts.layout(mesh, 8, 1, 2, config.Experts(num_experts=8, d_expert=16)).summed == ("tensor",)  # decoding
+
+
+def test_rows_of_nobody_may_hold_anything():
+  """A kernel need not write the rows past the last group; NaN there reaches neither the result nor a gradient."""
+  rows = jnp.full((4, 3), jnp.nan).at[:2].set(1.0)
+  plan = experts.Plan(jnp.array([0, 2, 1, 3]), jnp.array([0, 2, 1, 3]), jnp.array([2]))
+  out, pull = jax.vjp(lambda rows, gates: experts._weighted_sum(rows, plan, gates), rows, jnp.ones((2, 2)))
+  assert np.isfinite(out).all() and all(np.isfinite(g).all() for g in pull(out))

@@ -137,7 +137,8 @@ def test_kernels_are_in_the_step(topology, fused):
 
 def test_a_large_vocabulary_is_never_whole(monkeypatch):
   def holds_all():
-    run, program = compiled("v5e:2x4", {"data": 4, "tensor": 2}, model={"vocab_size": 131072})
+    run, program = compiled("v5e:2x4", {"data": 4, "tensor": 2}, model={"vocab_size": 131072},
+                            data={"sequence_tokens": 1024})
     rows, length = run.data.batch_sequences // 4, run.data.sequence_tokens
     return re.search(rf"(f32|bf16)\[{rows},{length},{131072 // 2}\]", program.as_text()) is not None
 
@@ -148,7 +149,7 @@ def test_a_large_vocabulary_is_never_whole(monkeypatch):
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"data": 4}], ids=str)
 def test_micro_batches_with_a_large_vocabulary_compile(mesh):
-  compiled("v5e:2x2", mesh, train={"micro_batches": 2}, model={"vocab_size": 131072})
+  compiled("v5e:2x2", mesh, train={"micro_batches": 2}, model={"vocab_size": 131072}, data={"sequence_tokens": 2048})
 
 
 def test_exact_step_scope_compiles():

@@ -239,7 +239,7 @@ def refused(code, *parts, arguments):
     (2, ["has no parameter 'top_q'", "did you mean 'top_k'?"], ["--gin.Router.top_q=2"], {}),
     (2, ["Train.steps wants int, got 'ten'"], ["--gin.Train.steps='ten'"], {}),
     (2, ["Router.top_k = 9 exceeds Experts.num_experts = 8"], ["--gin.Router.top_k=9"], {}),
-    (2, ["= 8 is not divisible by the mesh's data x fsdp x expert = 3"], [], {"Mesh.data": 3}),
+    (2, ["= 8 is not divisible by the mesh's data = 3"], [], {"Mesh.data": 3}),
     (2, ["unknown argument '--steps=3'"], ["--steps=3"], {}),
     (2, ["259 ids but Model.vocab_size = 100"], [], {"Model.vocab_size": 100}),
     (2, ["--profile_steps=5:2 is not A:B"], ["--profile_steps=5:2"], {}),

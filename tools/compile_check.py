@@ -25,14 +25,15 @@ import time
 import jax
 
 from moe import config
+from moe import experts
 from moe import gin_config
 from moe import sharding
 from moe import sizes
 from moe import step as step_lib
 from tools import hlo
 
-# predicted / published step seconds of other programs compiled here, with their sources; the range is the error bar.
-VALIDATED: dict[str, float] = {}
+# Steps of other programs that were timed on a TPU and published, and what the same model predicts of them, compiled here.
+PUBLISHED = pathlib.Path(__file__).parent / "published_steps.json"
 
 
 def devices_of(topology: str, slices: int = 1):
@@ -90,10 +91,10 @@ def check(run: config.Run, topology: str, slices: int = 1, options: dict | None 
             "smaller": _smaller(run, topology, slices, options)}
   result["compile_seconds"] = time.perf_counter() - begin
   memory, program = compiled.memory_analysis(), hlo.parse(compiled.as_text())
-  walked = hlo.walk(program, chip, dict(mesh.shape))
+  walked = hlo.walk(program, chip, dict(mesh.shape), experts.filled_rows(run, mesh))
   arguments = memory.argument_size_in_bytes
   peak = getattr(memory, "peak_memory_in_bytes", 0) or arguments + memory.temp_size_in_bytes
-  low, high = _range(walked.seconds)
+  low, high, rows = error_bar(walked.seconds)
   return {
       **result, "fits": peak <= chip.hbm_bytes,
       "hbm": {"peak_bytes": peak, "limit_bytes": chip.hbm_bytes, "parameters": parameters, "optimizer": optimizer,
@@ -103,16 +104,17 @@ def check(run: config.Run, topology: str, slices: int = 1, options: dict | None 
               "largest": [{"bytes": b, "shape": s, "source": n} for b, s, n in hlo.largest(program)]},
       "collectives": hlo.summary(walked.collectives),
       "overlapped_share": hlo.overlapped_share(walked.collectives),
-      "step_seconds": {"predicted": walked.seconds, "low": low, "high": high, "compute": walked.compute,
-                       "memory": walked.memory, "network": walked.network, "network_exposed": walked.exposed},
+      "step_seconds": {"predicted": walked.seconds, "low": low, "high": high, "validated_rows": rows,
+                       "compute": walked.compute, "memory": walked.memory, "network": walked.network,
+                       "network_exposed": walked.exposed},
       "unknown_trips": walked.unknown_trips, "mfu": flops / walked.seconds / chip.flops,
       "tokens_per_second_per_device": tokens / len(devices) / walked.seconds}
 
 
-def _range(seconds: float) -> tuple[float | None, float | None]:
-  if not VALIDATED:
-    return None, None
-  return seconds / max(VALIDATED.values()), seconds / min(VALIDATED.values())
+def error_bar(seconds: float) -> tuple[float, float, int]:
+  """(low, high, rows): the range of published over predicted seconds, over all rows of `PUBLISHED`, and 1."""
+  ratios = [row["published_seconds"] / row["predicted_seconds"] for row in json.loads(PUBLISHED.read_text())]
+  return seconds * min([1.0, *ratios]), seconds * max([1.0, *ratios]), len(ratios)
 
 
 def _smaller(run: config.Run, topology: str, slices: int, options) -> dict | None:
@@ -184,8 +186,7 @@ def text(result: dict) -> str:
     lines.append(f"    {row['kind']:18s} over {' x '.join(row['axes']) or '?':16s} {gb(row['bytes']):>10s} in "
                  f"{row['count']:5d}, {row['asynchronous_share']:.0%} asynchronous, {row['exposed_seconds'] * 1e3:.1f} of "
                  f"{row['seconds'] * 1e3:.1f} ms exposed")
-  bar = (f"{seconds['low']:.3f} to {seconds['high']:.3f} by {len(VALIDATED)} validated rows" if seconds["low"]
-         else "error bar unknown: no published step has been compared yet")
+  bar = f"{seconds['low']:.3f} to {seconds['high']:.3f} by {seconds['validated_rows']} published step(s)"
   lines.append(f"  static estimate of a step: {seconds['predicted']:.3f} s ({bar}): compute {seconds['compute']:.3f}, memory "
                f"{seconds['memory']:.3f}, network {seconds['network']:.3f} of which exposed {seconds['network_exposed']:.3f}"
                + (f"; {result['unknown_trips']} loops of unknown length counted once" if result["unknown_trips"] else ""))

@@ -45,6 +45,10 @@ _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "al
 _NOTHING = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id")
 
 
+# Where an operation names what it wraps; the SparseCores' are called as one or the other by libtpu 0.0.50 and 0.0.51.
+_CALLED = {"fusion": "calls", "async-start": "calls", "call-start": "to_apply", "custom-call-start": "called_computations"}
+
+
 @dataclasses.dataclass
 class Instruction:
   name: str
@@ -58,7 +62,7 @@ class Instruction:
     return size_of(self.shape)
 
   def called(self, attribute: str) -> str | None:
-    found = re.search(attribute + r"=%?([\w.\-]+)", self.rest)
+    found = re.search(attribute + r"=\{?%?([\w.\-]+)", self.rest)
     return found[1] if found else None
 
   @property
@@ -231,8 +235,8 @@ def moved_bytes(kind: str, result: float, members: int, operand: float) -> float
 
 
 class _Walker:
-  def __init__(self, program: Program, chip: Chip, sizes: dict[str, int]):
-    self.program, self.chip, self.sizes = program, chip, sizes
+  def __init__(self, program: Program, chip: Chip, sizes: dict[str, int], filled: float = 1.0):
+    self.program, self.chip, self.sizes, self.filled = program, chip, sizes, filled
     self.cache: dict[str, Walk] = {}
 
   def walk(self, name: str) -> Walk:
@@ -257,7 +261,7 @@ class _Walker:
           now += self._add(out, min(branches, key=lambda w: w.seconds), 1)
       elif i.operation == "call":
         now += self._add(out, self.walk(i.called("to_apply") or ""), 1)
-      elif i.operation == "call-update":  # a transfer by the SparseCore gets its operands and begins
+      elif i.operation in ("call-update", "custom-call-update"):  # a transfer by the SparseCore gets its operands and begins
         if i.operands and i.operands[0] in started:
           _, collective = started.pop(i.operands[0])
           begin = max(now, free.get(collective.axes, 0.0))
@@ -310,9 +314,8 @@ class _Walker:
 
   def _collective_within(self, i: Instruction) -> Instruction | None:
     """The collective that a fusion or an asynchronous call wraps."""
-    if i.operation not in ("fusion", "async-start", "call-start"):
-      return None
-    for inner in self.program.computations.get(i.called("to_apply" if i.operation == "call-start" else "calls") or "", []):
+    attribute = _CALLED.get(i.operation)
+    for inner in self.program.computations.get(attribute and i.called(attribute) or "", []):
       if inner.operation.removesuffix("-start") in _KINDS:
         return inner
     return None
@@ -321,8 +324,9 @@ class _Walker:
     axes, members = group_of(inner.rest, self.sizes)
     operand = sum(shapes[o].bytes for o in i.operands if o in shapes)
     result = i.bytes
-    if i.operation == "call-start":  # the shapes stand within
-      operand = max(p.bytes for p in self.program.computations[i.called("to_apply")] if p.operation == "parameter")
+    if i.operation in ("call-start", "custom-call-start"):  # the shapes stand within
+      within = self.program.computations[i.called(_CALLED[i.operation])]
+      operand = max(p.bytes for p in within if p.operation == "parameter")
       moved = moved_bytes(kind, inner.bytes, members, operand)
       return Collective(kind, axes, moved, 1, True, moved / self._rate(axes), 0.0, inner.source or i.source)
     if kind == "all-reduce" and "scatter" in (i.called("calls") or ""):  # a fusion that keeps its slice
@@ -346,14 +350,36 @@ class _Walker:
     if i.operation == "custom-call":
       if "tpu_custom_call" not in i.rest:
         return 0.0, True
-      flops = re.search(r'cost_estimate":\{"flops":"(\d+)"', i.rest)
-      work = int(flops[1]) / (self.chip.flops * KERNEL_EFFICIENCY) if flops else 0.0
+      flops = kernel_flops(i) * (self.filled if i.name.startswith("ragged-dot") else 1.0)
+      work = flops / (self.chip.flops * KERNEL_EFFICIENCY)
       cycles = _cycles(i) / self.chip.clock
       return max(work, cycles if not flops else 0.0, moved / self.chip.hbm), False
     cycles = _cycles(i)
     if cycles:
       return cycles / self.chip.clock, i.operation == "copy"
     return (moved / self.chip.hbm, True) if moved > 1 << 20 and "S(1)" not in i.shape else (0.0, True)
+
+
+def kernel_flops(i: Instruction) -> float:
+  """FLOPs of a kernel: those it declares, else by its name and shapes (megablox and splash declare none); 0 if unknown."""
+  declared = re.search(r'cost_estimate":\{"flops":"(\d+)"', i.rest)
+  if declared:
+    return float(declared[1])
+  begin = i.rest.find("operand_layout_constraints={")
+  dims = [list(map(int, d.split(","))) for d in re.findall(r"\[([\d,]+)\]", i.rest[begin:i.rest.find("}}", begin)])]
+  result = [list(map(int, d.split(","))) for d in re.findall(r"\[([\d,]+)\]", i.shape)]
+  flat, cubes = [d for d in dims if len(d) == 2], [d for d in dims if len(d) == 3]
+  if i.name.startswith("gmm") and flat and cubes:  # [m, k] x [g, k, n]
+    return 2.0 * math.prod(flat[0]) * cubes[-1][-1] * cubes[-1][-2] / flat[0][1]
+  if i.name.startswith("tgmm") and flat and len(result[0]) == 3:  # [k, m] x [m, n] -> [g, k, n]
+    _, k, n = result[0]
+    return 2.0 * math.prod(flat[0]) / k * k * n
+  heads = [d for d in dims if len(d) == 4]
+  if i.name.startswith("splash") and len(heads) >= 3:  # causal: half of the products
+    (b, h, s, d), (_, _, t, _), (_, _, _, dv) = heads[:3]
+    products = 2 * d + 2 * dv if "dkv" in i.name else 2 * d + dv if "dq" in i.name else d + dv
+    return float(b * h * s * t * products)
+  return 0.0
 
 
 def _cycles(i: Instruction) -> int:
@@ -364,9 +390,14 @@ def _cycles(i: Instruction) -> int:
   return value if value < 1 << 50 else 0  # the compiler's word for "unknown" is near 2^63
 
 
-def walk(program: Program, chip: Chip, sizes: dict[str, int]) -> Walk:
-  """The step-time model on a whole program; `sizes`: mesh axis -> length, in the order of the devices."""
-  return _Walker(program, chip, sizes).walk(program.entry)
+def walk(program: Program, chip: Chip, sizes: dict[str, int], filled: float = 1.0) -> Walk:
+  """The step-time model on a whole program.
+
+  Args:
+    sizes: mesh axis -> length, in the order of the devices.
+    filled: share of the rows of ragged matmuls that hold something; they declare FLOPs for all, and compute these.
+  """
+  return _Walker(program, chip, sizes, filled).walk(program.entry)
 
 
 def reached(program: Program) -> list[str]:

@@ -68,7 +68,8 @@ def attention(q, k, v, bias, segment_ids, *, scale: float, softcap: float, windo
   chosen = choose(backend, platform, q.shape, k.shape, v.shape[-1], softcap, shards)
   if chosen == "splash":
     return _splash(q * scale, k, v, segment_ids, softcap, window_tokens, interpret=platform == "cpu")
-  k, v = (sharding.constrain(t, "batch", None, "kv_heads", None) for t in (k, v))
+  if shards > 1:
+    k, v = (sharding.constrain(t, "batch", None, "kv_heads", None) for t in (k, v))
   if chosen == "dot_product":
     return jax.nn.dot_product_attention(q, k, v, bias=bias[:, None].astype(q.dtype), scale=scale)
   return plain(q, k, v, bias, scale=scale, softcap=softcap)

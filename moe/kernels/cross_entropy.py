@@ -18,6 +18,7 @@ from moe import sharding
 from moe.kernels.matmul import matmul
 
 _LOGITS_BYTES = 64 << 20  # float32 logits of one chunk on one device
+_TOKENS = 1024  # at least so many in a chunk: below, adding up the head's gradient takes longer than the matmuls
 
 
 class TokenLoss(NamedTuple):
@@ -35,7 +36,7 @@ def token_loss(hidden, head, targets, chunks: int | None = None) -> TokenLoss:
     hidden: [B, S, D], split over the batch axes and context of the mesh that is set (or no mesh).
     head: [D, V] of hidden's dtype, D over fsdp and context and V over tensor.
     targets: [B, S] int32.
-    chunks: into how many parts S is cut; None: as many as keep a chunk's logits within 64 MiB on a device.
+    chunks: into how many parts S is cut; None: as many as keep a chunk's logits within 64 MiB, or to 1024 tokens, on a device.
 
   Raises:
     ValueError: chunks does not divide S.
@@ -74,7 +75,7 @@ _barred.defvjp(lambda head: (head, None), lambda _, grad: (jax.lax.optimization_
 
 def chunks_for(rows: int, length: int, vocabulary: int) -> int:
   """The fewest equal parts of a sequence whose logits stay within the bound; a token a time if nothing else does."""
-  most = _LOGITS_BYTES // (4 * max(rows, 1) * vocabulary)
+  most = max(_LOGITS_BYTES // (4 * vocabulary), _TOKENS) // max(rows, 1)
   return next(n for n in range(1, length + 1) if length % n == 0 and (length // n <= most or n == length))
 
 

@@ -1,0 +1,75 @@
+"""compile_check without a compiler: budgets, the error bar, what it reads from a config and from the compiler's refusal."""
+
+import json
+
+import jax
+import pytest
+from tests import small
+
+from moe import config
+from moe import experts
+from moe import sharding
+from moe import step as step_lib
+from tools import compile_check
+from tools import hlo
+
+RESULT = {"jax": "1", "libtpu": "2", "topology": "v5p:2x2x1", "slices": 1, "hbm": {"peak_bytes": 1000},
+          "collectives": [{"kind": "all-gather", "axes": ["fsdp"], "bytes": 500.0}]}
+
+
+def test_budget_fails_when_something_grows(tmp_path):
+  path = tmp_path / "budget.json"
+  assert compile_check.over_budget(RESULT, path, "run") == []  # records
+  assert compile_check.over_budget(RESULT, path, "run") == []
+  more = {**RESULT, "hbm": {"peak_bytes": 1100}, "collectives": [
+      *RESULT["collectives"], {"kind": "all-reduce", "axes": ["data"], "bytes": 7.0}]}
+  assert compile_check.over_budget(more, path, "run") == [
+      "peak_bytes: 1,100 bytes, budget 1,000", "all-reduce over data: 7 bytes, budget 0"]
+  assert compile_check.over_budget({**more, "libtpu": "3"}, path, "run") == []  # another key
+  assert len(json.loads(path.read_text())["run"]) == 2
+
+
+def test_error_bar_is_the_range_of_the_published_rows():
+  rows = json.loads(compile_check.PUBLISHED.read_text())
+  low, high, count = compile_check.error_bar(2.0)
+  assert count == len(rows) >= 1 and low <= 2.0 <= high
+  assert high == max(2.0 * r["published_seconds"] / r["predicted_seconds"] for r in rows)
+
+
+def test_topology_of_a_config(tmp_path):
+  path = tmp_path / "a.gin"
+  path.write_text("# A run.\n# For v5p:4x4x4, 2 slices\n")
+  assert compile_check.topology_in(path) == ("v5p:4x4x4", 2)
+  path.write_text("# A run.\n")
+  with pytest.raises(config.ConfigError, match="names no topology .* pass --topology"):
+    compile_check.topology_in(path)
+  with pytest.raises(config.ConfigError, match="of no known chip; known: v5e, v5p"):
+    compile_check.check(small.run(), "v3:2x2")
+
+
+def test_out_of_memory():
+  run = small.run(mesh={"fsdp": 8})
+  state = step_lib.abstract_state(run, sharding.make_mesh(run.mesh))
+  chip = hlo.CHIPS["v5e"]
+  early = compile_check._out_of_memory(
+      "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (46.95G) exceeds available HBM (15.75G).", state, chip)
+  assert early["hbm"]["peak_bytes"] == int(46.95 * 2**30) + compile_check._local_bytes(state)
+  assert "state.params" in early["hbm"]["largest"][0]["source"]
+  late = compile_check._out_of_memory("""RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm. Exceeded.
+  1. Size: 4.00G
+     Operator: op_name="jit(train_step)/dot"
+     Shape: bf16[8,4096]{1,0}
+  2. Size: 512.00M
+     Shape: f32[7]{0}
+""", state, chip)
+  assert late["hbm"]["peak_bytes"] == int(20.5 * 2**30)
+  assert late["hbm"]["largest"] == [{"bytes": 4 << 30, "shape": "bf16[8,4096]", "source": "jit(train_step)/dot"},
+                                    {"bytes": 512 << 20, "shape": "f32[7]", "source": ""}]
+
+
+@pytest.mark.parametrize("mesh, block, share", [
+    ({"expert": 8}, {"dispatch": "all_gather"}, 1 / 8), ({"expert": 8}, {"dispatch": "all_to_all"}, 1 / 1.5),
+    ({"fsdp": 8}, {}, 1)])
+def test_filled_rows(mesh, block, share):
+  run = small.run(length=48, mesh=mesh, model={"experts": block})
+  assert experts.filled_rows(run, sharding.make_mesh(run.mesh, jax.devices())) == pytest.approx(share)

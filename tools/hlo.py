@@ -67,9 +67,10 @@ class Instruction:
 
   @property
   def source(self) -> str:
-    """The operation of the JAX program it comes from."""
+    """The operation of the JAX program it comes from; an argument as state.params.layers."""
     begin = self.rest.find('op_name="')
-    return self.rest[begin + 9:self.rest.index('"', begin + 9)] if begin >= 0 else ""
+    name = self.rest[begin + 9:self.rest.index('"', begin + 9)] if begin >= 0 else ""
+    return re.sub(r"\[\\*'(\w+)\\*'\]", r".\1", name)
 
 
 @dataclasses.dataclass

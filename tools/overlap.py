@@ -1,0 +1,191 @@
+"""Chooses `Experts.overlap_degree`: the schedule model of FSMoE (arXiv 2501.10714, sections 3.3 to 3.5) for one MoE layer.
+
+    python -m tools.overlap --gin_file=configs/run/qwen3_30b_a3b_v5p_16.gin      # from the vendor's link and matmul rates
+
+A layer cut into r chunks issues, between slow links: dispatch 1..r, a piece of the gradients' reduction, combine 1..r; between
+near ones: all-gather 1..r, reduce-scatter 1..r; and the experts' matmuls. An operation on a chunk takes alpha + n / r x beta
+(seconds; `fit` finds both from timings). `seconds` is the closed form, `simulate` plays the schedule, in FSMoE's order or with
+combines and reduce-scatters as early as they can be. Nothing here has been timed on a TPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Line(NamedTuple):
+  """alpha + n x beta seconds for n units of work."""
+
+  alpha: float
+  beta: float
+
+  def of(self, n: float) -> float:
+    return self.alpha + n * self.beta if n else 0.0
+
+
+def fit(sizes, seconds) -> tuple[Line, float]:
+  """(the line of least squares, r^2) through timings.
+
+  Raises:
+    ValueError: fewer than two different sizes.
+  """
+  sizes, seconds = np.asarray(sizes, float), np.asarray(seconds, float)
+  if len(set(sizes)) < 2:
+    raise ValueError(f"fit needs timings of two sizes or more, got {sorted(set(sizes))}")
+  beta, alpha = np.polyfit(sizes, seconds, 1)
+  left = seconds - (alpha + beta * sizes)
+  spread = np.sum((seconds - seconds.mean()) ** 2)
+  return Line(float(alpha), float(beta)), float(1 - np.sum(left**2) / spread) if spread else 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """One MoE layer on one device: the work of the whole layer and the cost of its four operations."""
+
+  a2a: Line
+  gather: Line
+  scatter: Line
+  expert: Line
+  n_a2a: float  # of one direction
+  n_gather: float
+  n_scatter: float
+  n_expert: float
+
+  def chunk(self, degree: int) -> tuple[float, float, float, float]:
+    """Seconds of one chunk's (all-to-all, all-gather, reduce-scatter, experts)."""
+    pairs = ((self.a2a, self.n_a2a), (self.gather, self.n_gather), (self.scatter, self.n_scatter), (self.expert, self.n_expert))
+    return tuple(line.of(n / degree) for line, n in pairs)
+
+  def backward(self) -> Layer:
+    """The same for the backward pass, whose experts do twice the work."""
+    return dataclasses.replace(self, n_expert=2 * self.n_expert)
+
+
+def seconds(layer: Layer, degree: int, reduction: float = 0.0) -> float:
+  """The largest of FSMoE's four cases: bound by the slow links, by the experts, by the slow links and one chunk of the near
+  ones, by the near links.
+
+  Args:
+    reduction: seconds of the gradients' reduction that share the slow links.
+  """
+  a, g, s, e = layer.chunk(degree)
+  r = degree
+  return max(2 * r * a + reduction, 2 * a + g + s + r * e, 2 * r * a + g + s, 2 * a + r * (g + s))
+
+
+def simulate(layer: Layer, degree: int, reduction: float = 0.0, early: bool = False) -> float:
+  """Plays the schedule on three streams, each in order.
+
+  Args:
+    early: chunk i's reduce-scatter and combine are issued after the all-gather and dispatch of chunk i + 1, not after all.
+  """
+  a, g, s, e = layer.chunk(degree)
+  chunks = range(degree)
+  if early:
+    slow = [("D", 0)] + [step for i in chunks for step in ((("D", i + 1),) if i + 1 < degree else (("R", 0),)) + (("C", i),)]
+    near = [("G", 0)] + [step for i in chunks for step in ((("G", i + 1),) if i + 1 < degree else ()) + (("S", i),)]
+  else:
+    slow = [("D", i) for i in chunks] + [("R", 0)] + [("C", i) for i in chunks]
+    near = [("G", i) for i in chunks] + [("S", i) for i in chunks]
+  streams = [slow, near, [("E", i) for i in chunks]]
+  takes = {"D": a, "C": a, "R": reduction, "G": g, "S": s, "E": e}
+  after = {"G": "D", "E": "G", "S": "E", "C": "S"}
+  ends: dict[tuple[str, int], float] = {}
+  free = [0.0] * 3
+  while any(streams):
+    for at, stream in enumerate(streams):
+      while stream:
+        kind, i = stream[0]
+        needed = (after[kind], i) if kind in after else None
+        if needed and needed not in ends:
+          break
+        free[at] = ends[kind, i] = max(free[at], ends[needed] if needed else 0.0) + takes[kind]
+        stream.pop(0)
+  return max(ends.values())
+
+
+def best_degree(layer: Layer, reduction: float = 0.0, most: int = 8, allowed=None) -> int:
+  """The degree of least `seconds`, the smallest of equals; among 1..most, or among `allowed`."""
+  return min(allowed or range(1, most + 1), key=lambda r: (seconds(layer, r, reduction), r))
+
+
+def partition(layers: list[Layer], gradients: list[float], reduce: Line, dense: list[float], most: int = 8) -> list[float]:
+  """How much of the pending gradients each layer's backward pass takes beside its experts (FSMoE section 3.5, step 1).
+
+  Args:
+    layers: in the order of the backward pass.
+    gradients: units of gradient that exist after each layer.
+    reduce: cost of reducing them.
+    dense: seconds beside the MoE part of each layer that hide a reduction.
+
+  Returns:
+    units for each layer; what is left over (sum of gradients less these) is reduced at the end.
+  """
+  pending, taken = 0.0, []
+  for layer, new, hidden in zip(layers, gradients, dense):
+    degree = best_degree(layer, most=most)
+    slack = seconds(layer, degree) - 2 * degree * layer.chunk(degree)[0] + hidden
+    room = (slack - reduce.alpha) / reduce.beta if slack > reduce.alpha else 0.0
+    taken.append(min(pending, room))
+    pending += new - taken[-1]
+  return taken
+
+
+# ---------------------------------------------------------------------------------------------------------- program
+
+
+def from_topology(run, mesh, chip) -> Layer:
+  """A layer of a run on a pod, from the vendor's rates: bytes over links, FLOPs at 0.85 of the peak, 5 us a transfer."""
+  from moe import experts
+  from moe import sharding
+  from tools import hlo
+  m = run.model
+  tokens = run.data.batch_sequences // run.train.micro_batches * run.data.sequence_tokens
+  own = tokens // (sharding.parts("batch", mesh) * sharding.parts("part", mesh))
+  lay = experts.layout(mesh, run.data.batch_sequences // run.train.micro_batches, run.data.sequence_tokens, m.router.top_k,
+                       m.experts)
+  selections, width, tensor = own * m.router.top_k, 2 * m.d_model, mesh.shape["tensor"]
+  link, start = 1 / chip.links, 5e-6
+  away = (lay.members - 1) / lay.members
+  flops = 2 * selections * m.d_model * m.experts.d_expert * (3 if m.activation == "swiglu" else 2)
+  near = Line(start, link) if tensor > 1 else Line(0.0, 0.0)
+  moved = selections * width * (tensor - 1)
+  return Layer(Line(start, link), near, near, Line(start, 1 / (chip.flops * hlo.KERNEL_EFFICIENCY)),
+               selections * width * away, moved, moved, flops)
+
+
+def main() -> int:
+  from moe import config
+  from moe import gin_config
+  from moe import sharding
+  from tools import compile_check
+  from tools import hlo
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  gin_config.add_arguments(parser)
+  parser.add_argument("--topology", help="default: the one the run config names")
+  arguments, rest = parser.parse_known_args()
+  try:
+    run = gin_config.from_arguments(arguments, rest).run
+    topology = arguments.topology or compile_check.topology_in(pathlib.Path(arguments.gin_file[-1]))[0]
+    mesh = sharding.make_mesh(run.mesh, compile_check.devices_of(topology))
+  except config.ConfigError as error:
+    print(f"overlap: {error}", file=sys.stderr)
+    return 2
+  layer = from_topology(run, mesh, hlo.CHIPS[topology.split(":")[0]])
+  print(f"{topology}: one MoE layer, static estimate in ms (not timed): closed form, FSMoE's order played, early order played")
+  for name, part in (("forward", layer), ("backward", layer.backward())):
+    for r in (1, 2, 4, 8):
+      times = (seconds(part, r), simulate(part, r), simulate(part, r, early=True))
+      print(f"  {name:8s} r = {r}: " + "  ".join(f"{t * 1e3:8.3f}" for t in times))
+    print(f"  {name:8s} best of 1, 2, 4, 8: {best_degree(part, allowed=(1, 2, 4, 8))}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -15,6 +15,15 @@ def paper_layer(n_esp=4, gemms=2):
                        line(gemms * 9.24e-2, gemms * 4.42e-11), TOKENS / n_esp, TOKENS, TOKENS, TOKENS * 4096 / n_esp)
 
 
+def test_numbers_of_the_paper():
+  """The example worked from its constants: milliseconds at r = 1 and 4, and the best degree beside a reduction of 5 ms."""
+  layer = paper_layer()
+  assert [round(overlap.seconds(layer, r), 2) for r in (1, 4)] == [6.43, 4.39]
+  assert [round(overlap.seconds(layer.backward(), r), 2) for r in (1, 4)] == [7.53, 4.95]
+  assert overlap.best_degree(layer.backward(), reduction=5.0, allowed=(1, 2, 4, 8)) == 2
+  assert round(overlap.seconds(layer.backward(), 2, 5.0), 2) == 7.24
+
+
 def random_layer(rng):
   lines = [overlap.Line(*rng.uniform(0, 1, 2)) for _ in range(4)]
   return overlap.Layer(*lines, *rng.uniform(0.1, 10, 4))

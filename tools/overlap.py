@@ -63,8 +63,8 @@ class Layer:
     return tuple(line.of(n / degree) for line, n in pairs)
 
   def backward(self) -> Layer:
-    """The same for the backward pass, whose experts do twice the work."""
-    return dataclasses.replace(self, n_expert=2 * self.n_expert)
+    """The same for the backward pass, which has twice the experts' matmuls."""
+    return dataclasses.replace(self, expert=Line(2 * self.expert.alpha, 2 * self.expert.beta))
 
 
 def seconds(layer: Layer, degree: int, reduction: float = 0.0) -> float:

@@ -16,6 +16,7 @@ from moe import step as step_lib
 
 STRONG = {"balance_coef": 1.0, "z_loss_coef": 0.1}
 CAPACITY = {"capacity_factor": 0.5, "d_shared": 16, "shared_gate": True}
+LOOKAHEAD = {"allow_lookahead": True, "balance_coef": 0.0}
 DROPLESS = {"dispatch": "all_to_all"}
 
 # Mesh, router, experts. The gates take turns with the meshes, so that each is on one that splits experts and sequences.
@@ -29,9 +30,9 @@ CASES = {
     "gather_context_capacity": ({"fsdp": 2, "context": 2, "tensor": 2}, {}, CAPACITY),
     "sigmoid": ({"expert": 4, "context": 2}, {"gate": "sigmoid", "bias_update_rate": 0.01}, {**DROPLESS, "overlap_degree": 2}),
     "cosine": ({"data": 2, "expert": 4}, {"gate": "cosine", "cosine_width": 8}, {**DROPLESS, "buffer_factor": 1.2}),
-    "expert_choice": ({"expert": 2, "context": 2, "tensor": 2}, {"gate": "expert_choice", "allow_lookahead": True},
+    "expert_choice": ({"expert": 2, "context": 2, "tensor": 2}, {"gate": "expert_choice", **LOOKAHEAD},
                       {**DROPLESS, "capacity_factor": 1.0}),
-    "soft": ({"fsdp": 2, "expert": 2, "context": 2}, {"gate": "soft", "soft_slots": 2, "allow_lookahead": True}, {}),
+    "soft": ({"fsdp": 2, "expert": 2, "context": 2}, {"gate": "soft", "soft_slots": 2, **LOOKAHEAD}, {}),
     "recurrent": ({"slice": 2, "context": 2, "expert": 2}, {"recurrent": {"cell": "gru", "width": 8}}, DROPLESS),
 }
 FAST = ("context", "to_all_overflow")

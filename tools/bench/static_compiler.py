@@ -86,9 +86,9 @@ def module(where: str):
   if not where.endswith(".py"):
     return importlib.import_module(where)
   spec = importlib.util.spec_from_file_location("spec_file", where)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.execmodule(module)
-  return module
+  found = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(found)
+  return found
 
 
 def from_spec_file(path: str, name: str):

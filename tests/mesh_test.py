@@ -1,18 +1,21 @@
 """Any factorisation of eight devices gives the single-device loss, gradients and balance loss; dispatch, overflow, refusals."""
 
-import dataclasses
+import json
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests import mesh_hosts
 from tests import small
 
 from moe import config
 from moe import exchange
 from moe import experts
 from moe import sharding
-from moe import step as step_lib
 
 STRONG = {"balance_coef": 1.0, "z_loss_coef": 0.1}
 CAPACITY = {"capacity_factor": 0.5, "d_shared": 16, "shared_gate": True}
@@ -35,6 +38,7 @@ CASES = {
     "soft": ({"fsdp": 2, "expert": 2, "context": 2}, {"gate": "soft", "soft_slots": 2, **LOOKAHEAD}, {}),
     "recurrent": ({"slice": 2, "context": 2, "expert": 2}, {"recurrent": {"cell": "gru", "width": 8}}, DROPLESS),
 }
+ADAM = 5e-5  # it divides by a root, which doubles the relative error of a small gradient
 FAST = ("context", "to_all_overflow")
 
 
@@ -76,16 +80,30 @@ def test_random_factorisations(seed):
 @pytest.mark.parametrize("mesh", [{"fsdp": 2, "expert": 4}, {"slice": 2, "context": 2, "tensor": 2}], ids=str)
 def test_updated_parameters(mesh):
   """One whole step, optimizer and clipping included."""
-  results = []
-  for sizes in ({}, mesh):
-    run = small.run(mesh=sizes, model={"router": STRONG, "experts": DROPLESS})
-    mesh_ = sharding.make_mesh(run.mesh, jax.devices()[:int(np.prod(list(sizes.values()), dtype=int))])
-    with jax.set_mesh(mesh_):
-      state = step_lib.init_state(run, mesh_)
-      state = dataclasses.replace(state, params=small.params(step_lib.abstract_state(run, mesh_).params))
-      batch = jax.device_put(small.batch(), sharding.batch_sharding(mesh_))
-      results.append(jax.device_get(step_lib.jit_train_step(run, mesh_)(state, batch)[0].params))
-  small.assert_same(*results, rtol=5e-5)  # Adam divides by a root, which doubles the relative error of a small gradient
+  model = {"router": STRONG, "experts": DROPLESS}
+  want, got = (small.whole_step(small.run(mesh=sizes, model=model), small.batch())[-1] for sizes in ({}, mesh))
+  small.assert_same(want, got, rtol=ADAM)
+
+
+@pytest.mark.slow
+def test_four_processes_give_the_same(tmp_path):
+  """Four hosts of two devices, joined over loopback, against one device: loss, balance, gradients and updated parameters."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  mesh, out = {"fsdp": 2, "expert": 2, "context": 2}, tmp_path / "whole.npz"
+  hosts = [subprocess.Popen([sys.executable, "-m", "tests.mesh_hosts", str(port), "4", str(i), json.dumps(mesh), str(out)],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in range(4)]
+  texts = [host.communicate(timeout=280)[0] for host in hosts]
+  assert [host.returncode for host in hosts] == [0] * 4, texts[0][-3000:]
+  want = small.whole_step(small.run(model=mesh_hosts.MODEL), small.batch())
+  leaves, structure = jax.tree.flatten(want)
+  with np.load(out) as saved:
+    balance, nll, grads, updated = jax.tree.unflatten(structure, [saved[f"arr_{i}"] for i in range(len(leaves))])
+  np.testing.assert_allclose(balance, want[0], rtol=1e-5)
+  np.testing.assert_allclose(nll, want[1], rtol=1e-5)
+  small.assert_same(want[2], grads)
+  small.assert_same(want[3], updated, rtol=ADAM)
 
 
 # ---------------------------------------------------------------------------------------------------------- exchange

@@ -43,7 +43,7 @@ def params(abstract, seed=0):
   def leaf(path, x):
     value = rng.normal(size=x.shape).astype(np.float32)
     value = 1 + 0.2 * value if path[-1].key.endswith("scale") else 0.3 * value
-    return jax.device_put(value, x.sharding)
+    return jax.make_array_from_callback(x.shape, x.sharding, lambda index: value[index])  # also on several hosts
 
   return jax.tree_util.tree_map_with_path(leaf, abstract)
 
@@ -70,6 +70,19 @@ def objective_and_gradients(run, batch, seed=0):
     step = jax.jit(functools.partial(step_lib.loss_and_gradients, run))
     grads, sums = step(params(step_lib.abstract_state(run, mesh).params), placed, jax.random.key(seed))
     return np.asarray(sums["balance"]), float(sums["nll"]), jax.device_get(grads), sums
+
+
+def whole_step(run, batch, whole=jax.device_get):
+  """(balance, nll, gradients, updated parameters) of one optimizer step on the run's mesh; `whole` brings them to the host."""
+  mesh = sharding.make_mesh(run.mesh, jax.devices()[: math.prod(dataclasses.astuple(run.mesh))])
+  with jax.set_mesh(mesh):
+    rows = sharding.batch_sharding(mesh)
+    placed = jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, rows, lambda index: x[index]), batch)
+    state = step_lib.init_state(run, mesh)
+    state = dataclasses.replace(state, params=params(step_lib.abstract_state(run, mesh).params))
+    grads, sums = jax.jit(functools.partial(step_lib.loss_and_gradients, run))(state.params, placed, jax.random.key(0))
+    updated = step_lib.jit_train_step(run, mesh)(state, placed)[0].params
+    return tuple(map(whole, (sums["balance"], sums["nll"], grads, updated)))
 
 
 def assert_same(a, b, rtol=2e-5):

@@ -48,6 +48,7 @@ def _leaf_digest(x: jax.Array) -> jax.Array:
   An odd factor is invertible modulo 2^32, so any change within one element changes the sum; changes in several, or a
   permutation, go unseen with probability 2^-64.
   """
+  x = jax.device_put(x, jax.memory.Space.Device)  # moments may live in the host's memory
   bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
   bits = bits.astype(jnp.uint32)
   place = jnp.zeros(x.shape, jnp.uint32)

@@ -278,7 +278,7 @@ class Model(_Checked):
   dropout: float = 0.0  # on the output of each attention and feed-forward block
   compute_dtype: str = "bfloat16"  # parameters, router and softmax stay float32
   scan_layers: bool = True
-  remat: str = "none"  # none | full | dots | attention
+  remat: str = "none"  # none | full | offload (full, and the inputs of layers go to the host) | dots | attention
   init_std: InitStd = InitStd()
 
   def check(self):
@@ -286,7 +286,7 @@ class Model(_Checked):
     _at_least(self, 0, "num_dense_layers", "d_ff")
     _one_of(self, "activation", ("swiglu", "gelu"))
     _one_of(self, "compute_dtype", ("float32", "bfloat16"))
-    _one_of(self, "remat", ("none", "full", "dots", "attention"))
+    _one_of(self, "remat", ("none", "full", "offload", "dots", "attention"))
     if not 0 <= self.dropout < 1:
       raise ConfigError(f"Model.dropout = {self.dropout} must be in [0, 1)")
     if self.router.top_k > self.experts.num_experts:
@@ -410,12 +410,16 @@ class Optimizer(_Checked):
   warmup_tokens: int = 0
   decay_tokens: int = 0  # wsd only
   final_fraction: float = 0.1  # of the peak, at the last step
+  zero1: bool = False  # ZeRO-1: moments are split over data-parallel copies of the parameters, too
+  offload: float = 0.0  # share of the moments, by whole stacked leaves, that lives in the host's memory
   skip_spike_sigmas: float = 8.0  # skip a step whose loss or gradient norm is this far above its recent mean; 0: off
 
   def check(self):
     _one_of(self, "schedule", ("cosine", "wsd"))
     _at_least(self, 0, "learning_rate", "weight_decay", "clip_norm", "warmup_tokens", "decay_tokens",
-              "final_fraction", "skip_spike_sigmas")
+              "final_fraction", "skip_spike_sigmas", "offload")
+    if self.offload > 1:
+      raise ConfigError(f"Optimizer.offload = {self.offload} is a share, at most 1")
 
 
 @_dataclass

@@ -14,12 +14,33 @@ from moe import config
 
 _IMPORTED = time.time()
 
-# Peak bfloat16 FLOP/s of one JAX device, the vendors' figures (Cloud TPU documentation; NVIDIA's data sheets, dense).
-_PEAK_FLOPS = {
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12, "TPU v6e": 918e12, "TPU7x": 2307e12 / 2,  # a TPU7x chip is two devices
-    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12,
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Figures of a TPU as JAX sees it (TPU7x: one of a chip's two halves), from the vendor's pages."""
+
+  clock: float  # Hz, that goes with the compiler's cycle counts; of v6e and TPU7x assumed
+  flops: float  # bfloat16 FLOP/s
+  hbm: float  # bytes/s
+  links: float  # bytes/s of all its links together, one way
+  hbm_bytes: int  # that the compiler hands out
+  network: float  # bytes/s of its share of the data-centre network
+  host: float  # bytes/s to and from the host's memory; assumed
+  cores: int = 1  # TensorCores
+
+
+CHIPS = {
+    "v4": Chip(1.05e9, 275e12, 1.228e12, 300e9, 32 << 30, 3.1e9, 16e9, 2),
+    "v5e": Chip(1.503e9, 197e12, 0.819e12, 200e9, int(15.75 * 2**30), 3.1e9, 16e9),
+    "v5p": Chip(1.751e9, 459e12, 2.765e12, 600e9, int(95.74 * 2**30), 6.25e9, 16e9, 2),
+    "v6e": Chip(1.755e9, 918e12, 1.64e12, 400e9, int(31.24 * 2**30), 12.5e9, 32e9),
+    "tpu7x": Chip(2.2e9, 1153.5e12, 3.69e12, 300e9, int(94.75 * 2**30), 6.25e9, 32e9),
 }
+# What JAX calls them.
+TPU_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e",
+             "TPU v6e": "v6e", "TPU7x": "tpu7x"}
+# Peak bfloat16 FLOP/s without sparsity, NVIDIA's data sheets.
+_GPU_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
 
 
 _SPARSE_CORE_COLLECTIVES = {
@@ -35,7 +56,7 @@ def compiler_options(device_kind: str) -> dict[str, str]:
   of them synchronous (tests/tpu_compile_test.py, v5p and v6e), and for Mixtral on 64 chips of v6e turned the experts'
   reduce-scatters into all-reduces of twice the bytes. Not compiled for TPU7x yet.
   """
-  return dict(_SPARSE_CORE_COLLECTIVES) if device_kind in ("TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e", "TPU7x") else {}
+  return dict(_SPARSE_CORE_COLLECTIVES) if TPU_KINDS.get(device_kind) in ("v5p", "v6e", "tpu7x") else {}
 
 
 def peak_flops(devices) -> tuple[float, str]:
@@ -47,7 +68,8 @@ def peak_flops(devices) -> tuple[float, str]:
   kind = devices[0].device_kind
   if devices[0].platform == "cpu":
     return measured_matmul_flops(devices), "measured float32 matmul"
-  return _PEAK_FLOPS.get(kind, float("nan")) * len(devices), f"{kind}, vendor's peak"
+  peak = CHIPS[TPU_KINDS[kind]].flops if kind in TPU_KINDS else _GPU_FLOPS.get(kind, float("nan"))
+  return peak * len(devices), f"{kind}, vendor's peak"
 
 
 def measured_matmul_flops(devices, size: int = 2048, repeats: int = 3) -> float:

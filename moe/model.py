@@ -330,6 +330,7 @@ class Layer(_Weights):
   def __call__(self, carry, context: _Context, cache):
     """((x [B, S, D], router state), context, cache) -> ((x, router state), (Routed or None, cache))."""
     (x, state), m = carry, self.model
+    x = checkpoint_name(x, "layer")
     kind = LatentAttention if m.attention.kind == "mla" else GroupedQueryAttention
     out, cache = kind(m, name="attention")(self.norm("attention_norm", x), context, cache)
     x = sharding.constrain(x + self.drop(out), "batch", "sequence", "width")
@@ -392,6 +393,8 @@ def pre_gate_model(m: config.Model) -> config.Model:
 
 _REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["layer"], offload_src="device", offload_dst="pinned_host"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names("attention", "experts"),
 }

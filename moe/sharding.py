@@ -98,6 +98,24 @@ def spec(*logical: str | None) -> PartitionSpec:
   return PartitionSpec(*parts)
 
 
+def over_replicas(split: PartitionSpec, shape: tuple[int, ...], mesh) -> PartitionSpec:
+  """`split` with the batch axes that do not split the array yet (along which there are equal copies) added where they divide.
+
+  A middle axis is tried first: a reduce-scatter along the last one, where the lanes are, compiles to an all-reduce on TPU.
+  """
+  parts = [() if p is None else (p,) if isinstance(p, str) else tuple(p) for p in (*split, *[None] * (len(shape) - len(split)))]
+  used = {axis for part in parts for axis in part}
+  order = [*range(1, len(shape) - 1), 0, len(shape) - 1] if len(shape) > 1 else range(len(shape))
+  for axis in BATCH_AXES:
+    if mesh.shape[axis] == 1 or axis in used:
+      continue
+    for i in order:
+      if shape[i] % (math.prod(mesh.shape[a] for a in parts[i]) * mesh.shape[axis]) == 0:
+        parts[i] += (axis,)
+        break
+  return PartitionSpec(*(part or None for part in parts))
+
+
 def axes_of(logical: str, mesh) -> tuple[str, ...]:
   """The mesh axes that really split a logical axis: those longer than 1."""
   names = TABLE[logical]

@@ -68,7 +68,18 @@ def abstract_state(run: config.Run, mesh) -> TrainState:
   # The key is made inside: outside it would be computed on the mesh's devices, which may be a topology's.
   boxed = jax.eval_shape(lambda: _initial(run, jax.random.key(0)))
   shapes, specs = model_lib.unbox(boxed)
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)), shapes, specs)
+  hosted = optimizer_lib.on_host(run.optimizer.offload, shapes.params)
+
+  def leaf(path, x, spec):
+    sharded = NamedSharding(mesh, spec)
+    if path[0].name == "opt_state":
+      if run.optimizer.zero1:
+        sharded = NamedSharding(mesh, sharding.over_replicas(spec, x.shape, mesh))
+      if optimizer_lib.name_of(path) in hosted:
+        sharded = sharded.with_memory_kind("pinned_host")
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharded)
+
+  return jax.tree_util.tree_map_with_path(leaf, shapes, specs)
 
 
 def init_state(run: config.Run, mesh) -> TrainState:
@@ -192,16 +203,14 @@ def train_step(run: config.Run, state: TrainState, batch: Batch) -> tuple[TrainS
   tokens = jnp.sum(batch.segment_ids > 0)
   loss = sums["nll"] / jnp.maximum(tokens, 1)
   guard, accept = _judge(run.optimizer.skip_spike_sigmas, state.guard, loss, norm)
-  updates, opt_state = optimizer_lib.make(run).update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  params, opt_state = optimizer_lib.update(run, grads, state.opt_state, state.params, accept)
   if run.model.router.bias_update_rate:
-    params = balance.moved_biases(params, sums["stats"].counts, run.model.router.bias_update_rate)
-  new = TrainState(state.step + 1, params, opt_state, guard)
-  old = TrainState(state.step + 1, state.params, state.opt_state, guard)
+    rate = jnp.where(accept, run.model.router.bias_update_rate, 0.0)
+    params = balance.moved_biases(params, sums["stats"].counts, rate)
   rate = schedules.learning_rate(run.optimizer, run.tokens_per_step, run.train.steps)(state.step)
   metrics = {**_metrics(run.model, sums, tokens), "gradient_norm": norm, "learning_rate": rate,
              "accepted": accept, "skipped_steps": guard.skipped}
-  return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old), metrics
+  return TrainState(state.step + 1, params, opt_state, guard), metrics
 
 
 def _judge(sigmas: float, guard: Guard, loss, norm) -> tuple[Guard, jax.Array]:

@@ -8,10 +8,10 @@ from tests import small
 
 from moe import config
 from moe import experts
+from moe import hardware
 from moe import sharding
 from moe import step as step_lib
 from tools import compile_check
-from tools import hlo
 
 RESULT = {"jax": "1", "libtpu": "2", "topology": "v5p:2x2x1", "slices": 1, "hbm": {"peak_bytes": 1000},
           "collectives": [{"kind": "all-gather", "axes": ["fsdp"], "bytes": 500.0}]}
@@ -43,14 +43,14 @@ def test_topology_of_a_config(tmp_path):
   path.write_text("# A run.\n")
   with pytest.raises(config.ConfigError, match="names no topology .* pass --topology"):
     compile_check.topology_in(path)
-  with pytest.raises(config.ConfigError, match="of no known chip; known: v5e, v5p"):
+  with pytest.raises(config.ConfigError, match="of no known chip; known: v4, v5e, v5p"):
     compile_check.check(small.run(), "v3:2x2")
 
 
 def test_out_of_memory():
   run = small.run(mesh={"fsdp": 8})
   state = step_lib.abstract_state(run, sharding.make_mesh(run.mesh))
-  chip = hlo.CHIPS["v5e"]
+  chip = hardware.CHIPS["v5e"]
   early = compile_check._out_of_memory(
       "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (46.95G) exceeds available HBM (15.75G).", state, chip)
   assert early["hbm"]["peak_bytes"] == int(46.95 * 2**30) + compile_check._local_bytes(state)

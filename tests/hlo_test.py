@@ -1,9 +1,11 @@
 """The reader of compiled programs: shapes, groups, trips, and the schedule of what overlaps, on texts written by hand."""
 
 import pytest
+
+from moe.hardware import Chip
 from tools import hlo
 
-CHIP = hlo.Chip(clock=1e9, flops=1e12, hbm=1e12, links=1e9, hbm_bytes=1 << 30, network=1e8)
+CHIP = Chip(clock=1e9, flops=1e12, hbm=1e12, links=1e9, hbm_bytes=1 << 30, network=1e8, host=1e8)
 SIZES = {"slice": 2, "fsdp": 2, "tensor": 2}
 
 PROGRAM = """HloModule m, is_scheduled=true

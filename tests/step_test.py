@@ -216,6 +216,59 @@ def test_clip_and_adam_equal_optax():
     np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+@pytest.mark.parametrize("accept", [True, False])
+def test_moments_in_the_host_s_memory(accept):
+  """A layer at a time from there and back gives what the chain gives; half of them in memory, half there; a refused step
+  leaves all bits as they were."""
+  run = small.run(optimizer={"offload": 0.4, "clip_norm": 0.5, "weight_decay": 1.0, "learning_rate": 0.1})
+  rng = np.random.default_rng(0)
+  draw = lambda: {"layers": {"big": jnp.asarray(rng.normal(size=(3, 8, 4)), jnp.float32), "norm_scale": jnp.ones((3, 4)),
+                             "small": jnp.asarray(rng.normal(size=(3, 4, 4)), jnp.float32)}, "head": jnp.ones((5, 9))}
+  params, grads = draw(), draw()
+  assert optimizer.on_host(0.4, params) == ("layers/big",)
+  assert optimizer.on_host(0.0, params) == () and optimizer.on_host(1.0, params) == (
+      "layers/big", "layers/small", "layers/norm_scale")  # never what has no layers
+  chain = optimizer.make(run)
+  clip, adam, *others = chain.update(grads, chain.init(params), params)[1]  # moments that are not zero
+  state = (clip, adam, *others)
+  host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+  place = lambda path, x: jax.device_put(x, host) if optimizer.name_of(path) == "layers/big" else x
+  hosted = (clip, adam._replace(mu=jax.tree_util.tree_map_with_path(place, adam.mu),
+                                nu=jax.tree_util.tree_map_with_path(place, adam.nu)), *others)
+  got, after = jax.jit(functools.partial(optimizer.update, run, accept=accept))(grads, hosted, params)
+  assert [x.sharding.memory_kind for x in (after[1].mu["layers"]["big"], after[1].nu["layers"]["big"])] == ["pinned_host"] * 2
+  assert after[1].mu["layers"]["small"].sharding.memory_kind == "device"
+  updates, want_after = chain.update(grads, state, params)
+  want = (optax.apply_updates(params, updates), want_after) if accept else (params, state)
+  for a, b in zip(jax.tree.leaves((got, after)), jax.tree.leaves(want)):
+    np.testing.assert_allclose(a, b, rtol=1e-6 if accept else 0)
+
+
+def test_zero1_splits_what_the_copies_hold():
+  mesh = sharding.make_mesh(config.Mesh(data=2, fsdp=2, expert=2))
+  split = functools.partial(sharding.over_replicas, mesh=mesh)
+  spec = sharding.spec
+  assert split(spec("layer", "experts", "embed", "hidden"), (3, 8, 16, 16)) == jax.P(
+      None, ("expert", "data"), ("fsdp", "context"), "tensor")
+  assert split(spec("vocab", "embed"), (64, 16)) == jax.P(("tensor", "data", "expert"), ("fsdp", "context"))
+  assert split(spec("vocab", "embed"), (63, 12)) == jax.P(("tensor",), ("fsdp", "context", "data"))  # 63 has no half
+  assert split(jax.P(), ()) == jax.P()
+  bytes_ = []
+  for zero1 in (False, True):
+    run = small.run(mesh={"data": 2, "fsdp": 2, "expert": 2}, optimizer={"zero1": zero1})
+    state = step_lib.abstract_state(run, mesh)
+    bytes_.append(sum(np.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state.opt_state)))
+  assert bytes_[1] < 0.51 * bytes_[0]  # copies over data alone for the experts, over data and expert for the rest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"zero1": True}, {"offload": 1.0}, {"zero1": True, "offload": 0.5}], ids=str)
+def test_where_moments_live_changes_no_step(options):
+  mesh = {"data": 2, "fsdp": 2, "expert": 2}
+  want, got = (small.whole_step(small.run(mesh=mesh, optimizer=o), small.batch())[-1] for o in ({}, options))
+  assert_same(want, got, rtol=5e-5)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 def test_schedule_points(schedule):
   o = config.Optimizer(learning_rate=2.0, schedule=schedule, warmup_tokens=1000, decay_tokens=2000, final_fraction=0.25)

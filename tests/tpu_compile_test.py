@@ -13,6 +13,7 @@ pytest.importorskip("libtpu", reason="libtpu is in the environment of tools/dev.
 from jax.experimental import topologies  # noqa: E402
 
 from moe import config  # noqa: E402
+from moe import hardware  # noqa: E402
 from moe import sharding  # noqa: E402
 from moe import step as step_lib  # noqa: E402
 from moe.kernels import cross_entropy  # noqa: E402
@@ -70,7 +71,7 @@ WIDE = {"remat": "full", "d_model": 1024, "attention": {"num_heads": 8, "num_kv_
 def walked(topology, mesh, **changes):
   run, program = compiled(topology, mesh, data={"sequence_tokens": 1024}, **changes)
   sizes = dict(sharding.make_mesh(run.mesh, topologies.get_topology_desc(topology, platform="tpu").devices).shape)
-  return hlo.walk(hlo.parse(program.as_text()), hlo.CHIPS[topology.split(":")[0]], sizes)
+  return hlo.walk(hlo.parse(program.as_text()), hardware.CHIPS[topology.split(":")[0]], sizes)
 
 
 @pytest.mark.parametrize("topology", ["v6e:2x4", "v5p:2x2x2"])

@@ -27,6 +27,7 @@ import jax
 from moe import config
 from moe import experts
 from moe import gin_config
+from moe import hardware
 from moe import sharding
 from moe import sizes
 from moe import step as step_lib
@@ -45,9 +46,11 @@ def devices_of(topology: str, slices: int = 1):
 
 
 def _local_bytes(tree) -> int:
-  """Bytes of abstract arrays on one device."""
+  """Bytes of abstract arrays on one device; not those in the host's memory."""
   total = 0
   for x in jax.tree.leaves(tree):
+    if x.sharding.memory_kind == "pinned_host":
+      continue
     size = x.dtype.itemsize
     for n in x.sharding.shard_shape(x.shape):
       size *= n
@@ -55,19 +58,20 @@ def _local_bytes(tree) -> int:
   return total
 
 
-def check(run: config.Run, topology: str, slices: int = 1, options: dict | None = None) -> dict:
+def check(run: config.Run, topology: str, slices: int = 1, options: dict | None = None, keep: str | None = None) -> dict:
   """Everything that is printed, as the JSON has it.
 
   Args:
     options: of the compiler (`jax.stages.Lowered.compile`).
+    keep: a file for the compiled program's text.
 
   Raises:
     config.ConfigError: the run does not fit the mesh, or the topology is of no known chip.
   """
   chip_name = topology.split(":")[0]
-  if chip_name not in hlo.CHIPS:
-    raise config.ConfigError(f"--topology={topology} is of no known chip; known: {', '.join(hlo.CHIPS)}, as in v5p:4x4x4")
-  chip = hlo.CHIPS[chip_name]
+  if chip_name not in hardware.CHIPS:
+    raise config.ConfigError(f"--topology={topology} is of no known chip; known: {', '.join(hardware.CHIPS)}, as in v5p:4x4x4")
+  chip = hardware.CHIPS[chip_name]
   devices = devices_of(topology, slices)
   mesh = sharding.make_mesh(dataclasses.replace(run.mesh, slice=slices), devices)
   sharding.check_run(run, mesh)
@@ -90,15 +94,19 @@ def check(run: config.Run, topology: str, slices: int = 1, options: dict | None 
     return {**result, "fits": False, **_out_of_memory(str(error), state, chip),
             "smaller": _smaller(run, topology, slices, options)}
   result["compile_seconds"] = time.perf_counter() - begin
-  memory, program = compiled.memory_analysis(), hlo.parse(compiled.as_text())
+  compiled_text = compiled.as_text()
+  if keep:
+    pathlib.Path(keep).write_text(compiled_text)
+  memory, program = compiled.memory_analysis(), hlo.parse(compiled_text)
   walked = hlo.walk(program, chip, dict(mesh.shape), experts.filled_rows(run, mesh))
   arguments = memory.argument_size_in_bytes
-  peak = getattr(memory, "peak_memory_in_bytes", 0) or arguments + memory.temp_size_in_bytes
+  peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes  # the compiler counts those in
   low, high, rows = error_bar(walked.seconds)
   return {
       **result, "fits": peak <= chip.hbm_bytes,
       "hbm": {"peak_bytes": peak, "limit_bytes": chip.hbm_bytes, "parameters": parameters, "optimizer": optimizer,
               "other_arguments": arguments - parameters - optimizer, "temporaries": memory.temp_size_in_bytes,
+              "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
               "activations_saved": hlo.stacked_bytes(program, run.model.num_moe_layers),
               "code": memory.generated_code_size_in_bytes,
               "largest": [{"bytes": b, "shape": s, "source": n} for b, s, n in hlo.largest(program)]},
@@ -106,7 +114,7 @@ def check(run: config.Run, topology: str, slices: int = 1, options: dict | None 
       "overlapped_share": hlo.overlapped_share(walked.collectives),
       "step_seconds": {"predicted": walked.seconds, "low": low, "high": high, "validated_rows": rows,
                        "compute": walked.compute, "memory": walked.memory, "network": walked.network,
-                       "network_exposed": walked.exposed},
+                       "network_exposed": walked.exposed, "host": walked.host, "host_exposed": walked.host_exposed},
       "unknown_trips": walked.unknown_trips, "mfu": flops / walked.seconds / chip.flops,
       "tokens_per_second_per_device": tokens / len(devices) / walked.seconds}
 
@@ -128,7 +136,7 @@ def _smaller(run: config.Run, topology: str, slices: int, options) -> dict | Non
   return result.get("smaller") if not result["fits"] else {**result, "micro_batches": count}
 
 
-def _out_of_memory(text: str, state, chip: hlo.Chip) -> dict:
+def _out_of_memory(text: str, state, chip: hardware.Chip) -> dict:
   """What the compiler says when memory runs out: how much it wanted, and the largest allocations where it lists them; else
   the largest of the arguments."""
   used = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", text)
@@ -179,7 +187,8 @@ def text(result: dict) -> str:
   lines += [
       f"  fits: {gb(hbm['peak_bytes'])} of {gb(hbm['limit_bytes'])} at the peak; "
       f"parameters {gb(hbm['parameters'])}, optimizer {gb(hbm['optimizer'])}, temporaries {gb(hbm['temporaries'])}, of which "
-      f"saved by layer {gb(hbm['activations_saved'])}",
+      f"saved by layer {gb(hbm['activations_saved'])}"
+      + (f"; in the host's memory {gb(hbm['host'])}" if hbm["host"] else ""),
       "  largest arrays:", *largest,
       f"  collectives (bytes sent by a device in a step; {share:.0%} of them beside other work by the model):"]
   for row in result["collectives"]:
@@ -189,6 +198,7 @@ def text(result: dict) -> str:
   bar = f"{seconds['low']:.3f} to {seconds['high']:.3f} by {seconds['validated_rows']} published step(s)"
   lines.append(f"  static estimate of a step: {seconds['predicted']:.3f} s ({bar}): compute {seconds['compute']:.3f}, memory "
                f"{seconds['memory']:.3f}, network {seconds['network']:.3f} of which exposed {seconds['network_exposed']:.3f}"
+               + (f", host {seconds['host']:.3f} of which exposed {seconds['host_exposed']:.3f}" if seconds["host"] else "")
                + (f"; {result['unknown_trips']} loops of unknown length counted once" if result["unknown_trips"] else ""))
   lines.append(f"  {result['flops'] / 1e12:.1f} model TFLOPs a device; MFU at that step {result['mfu']:.1%}; "
                f"{result['tokens_per_second_per_device']:,.0f} tokens/s a device")
@@ -240,6 +250,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--slices", type=int, help="slices of that topology; default: as the run config says, else 1")
   parser.add_argument("--xla", action="append", default=[], metavar="NAME=VALUE", help="an option of the compiler")
   parser.add_argument("--golden", type=pathlib.Path, help="file of budgets, to record in or to compare with")
+  parser.add_argument("--hlo", metavar="FILE", help="keep the compiled program's text")
   parser.add_argument("--json", action="store_true")
   arguments, rest = parser.parse_known_args(argv)
   if importlib.util.find_spec("libtpu") is None:
@@ -252,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     if topology is None:
       topology, named = topology_in(pathlib.Path(arguments.gin_file[-1]))
       slices = arguments.slices or named
-    result = check(run, topology, slices, dict(o.split("=", 1) for o in arguments.xla))
+    result = check(run, topology, slices, dict(o.split("=", 1) for o in arguments.xla), arguments.hlo)
   except (config.ConfigError, jax.errors.JaxRuntimeError, ValueError) as error:
     print(f"compile_check: {' '.join(str(error).split())[:600]}", file=sys.stderr)
     return 2

@@ -17,31 +17,15 @@ import itertools
 import math
 import re
 
+from moe.hardware import Chip
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """Figures of a chip as JAX sees it (TPU7x: one of its two halves), from the vendor's pages."""
-
-  clock: float  # Hz; of v6e and TPU7x assumed
-  flops: float  # bfloat16 FLOP/s
-  hbm: float  # bytes/s
-  links: float  # bytes/s of all its links together, one way
-  hbm_bytes: int  # that the compiler hands out
-  network: float  # bytes/s of its share of the data-centre network
-
-
-CHIPS = {
-    "v5e": Chip(1.503e9, 197e12, 0.819e12, 200e9, int(15.75 * 2**30), 3.1e9),
-    "v5p": Chip(1.751e9, 459e12, 2.765e12, 600e9, int(95.74 * 2**30), 6.25e9),
-    "v6e": Chip(1.755e9, 918e12, 1.64e12, 400e9, int(31.24 * 2**30), 12.5e9),
-    "tpu7x": Chip(2.2e9, 1153e12, 3.69e12, 300e9, int(94.75 * 2**30), 6.25e9),
-}
 KERNEL_EFFICIENCY = 0.85  # of declared FLOPs over the peak: the middle of tokamax's published timings of grouped matmuls
 
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2,
           "f16": 2,
           "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all", "collective-permute")
+_HOST = "host"
 _NOTHING = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id")
 
 
@@ -102,6 +86,8 @@ class Walk:
   memory: float = 0.0  # copies, and fusions that the compiler gives no cycles
   network: float = 0.0
   exposed: float = 0.0  # network with nothing beside it
+  host: float = 0.0  # transfers to and from the host's memory
+  host_exposed: float = 0.0
   unknown_trips: int = 0
   collectives: list[Collective] = dataclasses.field(default_factory=list)
 
@@ -273,8 +259,17 @@ class _Walker:
           end, collective = started.pop(i.operands[0])
           wait = max(end - now, 0.0)
           collective.exposed = min(wait, collective.seconds)
-          out.exposed += collective.exposed
+          if collective.kind == _HOST:
+            out.host_exposed += collective.exposed
+          else:
+            out.exposed += collective.exposed
           now += wait
+      elif i.operation.endswith("-start") and "S(5)" in i.shape:
+        taken = _on_device(i.shape) / self.chip.host
+        out.host += taken
+        begin = max(now, free.get(_HOST, 0.0))
+        free[_HOST] = begin + taken
+        started[i.name] = begin + taken, Collective(_HOST, (), 0.0, 1, True, taken, 0.0, i.source)
       elif inside is not None or kind in _KINDS:
         kind = kind if kind in _KINDS else inside.operation.removesuffix("-start")
         collective = self._collective(i, kind, inside or i, shapes)
@@ -300,7 +295,7 @@ class _Walker:
     return out
 
   def _add(self, out: Walk, part: Walk, count: int) -> float:
-    for field in ("compute", "memory", "network", "exposed"):
+    for field in ("compute", "memory", "network", "exposed", "host", "host_exposed"):
       setattr(out, field, getattr(out, field) + count * getattr(part, field))
     out.unknown_trips += part.unknown_trips
     out.collectives += [dataclasses.replace(c, bytes=c.bytes * count, count=c.count * count, seconds=c.seconds * count,
@@ -383,6 +378,12 @@ def kernel_flops(i: Instruction) -> float:
   return 0.0
 
 
+def _on_device(shape: str) -> float:
+  """Bytes of the largest array in a tuple that is not in the host's memory: what a transfer to or from there moves."""
+  arrays = re.findall(r"[a-z]+\d*\[[\d,]*\](?:\{[^}]*\})?", shape)
+  return max((size_of(a) for a in arrays if "S(5)" not in a), default=0.0)
+
+
 def _cycles(i: Instruction) -> int:
   at = i.rest.find('"estimated_cycles":"')
   if at < 0:
@@ -428,7 +429,7 @@ def largest(program: Program, count: int = 12) -> list[tuple[float, str, str]]:
       if i.operation == "parameter" and name != program.entry:
         continue
       for shape in re.findall(r"[a-z]+\d*\[[\d,]*\]\{[^}]*\}", i.shape):
-        if "S(1)" not in shape:
+        if "S(1)" not in shape and "S(5)" not in shape:
           seen[shape.split("{")[0], i.source] = size_of(shape)
   return [(size, *key) for key, size in sorted(seen.items(), key=lambda item: -item[1])[:count]]
 

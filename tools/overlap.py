@@ -163,9 +163,9 @@ def from_topology(run, mesh, chip) -> Layer:
 def main() -> int:
   from moe import config
   from moe import gin_config
+  from moe import hardware
   from moe import sharding
   from tools import compile_check
-  from tools import hlo
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   gin_config.add_arguments(parser)
   parser.add_argument("--topology", help="default: the one the run config names")
@@ -177,7 +177,7 @@ def main() -> int:
   except config.ConfigError as error:
     print(f"overlap: {error}", file=sys.stderr)
     return 2
-  layer = from_topology(run, mesh, hlo.CHIPS[topology.split(":")[0]])
+  layer = from_topology(run, mesh, hardware.CHIPS[topology.split(":")[0]])
   print(f"{topology}: one MoE layer, static estimate in ms (not timed): closed form, FSMoE's order played, early order played")
   for name, part in (("forward", layer), ("backward", layer.backward())):
     for r in (1, 2, 4, 8):

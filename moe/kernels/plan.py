@@ -36,8 +36,7 @@ _TRUSTED = ("v5e", "v5p")
 # Vector memory of one core, bytes: jax.experimental.pallas.tpu.get_tpu_info.
 VECTOR_MEMORY = {"v4": 16 << 20, "v5e": 128 << 20, "v5p": 64 << 20, "v6e": 128 << 20, "tpu7x": 64 << 20,
                  "cpu": 128 << 20}  # interpreted
-_CHIPS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e",
-          "TPU v6e": "v6e", "TPU7x": "tpu7x", "cpu": "cpu"}
+_CHIPS = {**hardware.TPU_KINDS, "cpu": "cpu"}
 
 
 class Shape(NamedTuple):

@@ -118,7 +118,7 @@ def _by_segment(selected, probabilities, mask, segment_ids, top_k: int):
   return jax.vmap(row)(selected, probabilities, mask, segment_ids).sum()
 
 
-def moved_biases(params, counts: jax.Array, rate: float):
+def moved_biases(params, counts: jax.Array, rate: float | jax.Array):
   """The parameters after one step of loss-free balancing (arXiv 2408.15664, Algorithm 1; DeepSeek-V3 section 2.1.2).
 
   b_i += rate x sign(mean count - count of i), with the counts of the whole optimizer step over all shards. The leaves

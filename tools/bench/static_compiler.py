@@ -19,14 +19,19 @@ import sys
 import tempfile
 import time
 
-# Clock in GHz (v5e, v5p: peak over FLOPs a cycle; v6e, 7x assumed), HBM bytes/s of one core, bf16 FLOP/s of one core.
-CHIPS = {"v5e": (1.503e9, 0.819e12, 197e12), "v5p": (1.751e9, 1.3825e12, 229.5e12), "v6e": (1.755e9, 1.64e12, 918e12),
-         "tpu7x": (2.2e9, 3.69e12, 1153.5e12), "v4": (1.05e9, 0.614e12, 137.5e12)}
+from moe.hardware import CHIPS
+
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:2x2x1"}
 
 
 def chip_of(topology: str) -> str:
   return topology.split(":")[0]
+
+
+def core_of(topology: str) -> tuple[float, float, float]:
+  """(clock, bytes/s of HBM, bfloat16 FLOP/s) of one TensorCore."""
+  chip = CHIPS[chip_of(topology)]
+  return chip.clock, chip.hbm / chip.cores, chip.flops / chip.cores
 
 
 @dataclasses.dataclass

@@ -15,8 +15,8 @@ from __future__ import annotations
 from moe.kernels import grouped_matmul
 from moe.kernels import plan
 from tools.bench import static_model
-from tools.bench.static_compiler import CHIPS
 from tools.bench.static_compiler import chip_of
+from tools.bench.static_compiler import core_of
 from tools.bench.static_compiler import measure
 
 _MODULE = "tools.bench.static_programs"
@@ -25,7 +25,7 @@ _MODULE = "tools.bench.static_programs"
 def compare(topology: str, shape_name: str) -> dict:
   """{"rows": [{name, gradient, bytes, seconds, ...}], "floor": {...}} of one shape on one chip."""
   shape, chip = plan.Shape(*static_model.SHAPES[shape_name]), chip_of(topology)
-  clock, bandwidth, peak = CHIPS[chip]
+  clock, bandwidth, peak = core_of(topology)
   sizes = static_model.multinomial(shape.tokens * shape.top_k, shape.num_experts)
   blocks, problem = plan.fit(shape, plan.VECTOR_MEMORY[chip])
   programs = {f"{backend}|{gradient:d}": (_MODULE, "layer", {"shape": shape, "backend": backend, "gradient": gradient})

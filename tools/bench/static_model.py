@@ -9,8 +9,8 @@ import numpy as np
 
 from moe.kernels import plan
 from tools.bench import static_programs
-from tools.bench.static_compiler import CHIPS
 from tools.bench.static_compiler import chip_of
+from tools.bench.static_compiler import core_of
 from tools.bench.static_compiler import measure
 from tools.bench.static_compiler import Report
 
@@ -55,7 +55,7 @@ def multinomial(rows: int, groups: int) -> list[int]:
 def kernel_estimates(topology: str, shape, blocks, names) -> list[dict]:
   """Exact counts and the static estimate of our kernels, for multinomial loads."""
   shape, chip = plan.Shape(*shape), chip_of(topology)
-  clock, bandwidth, peak = CHIPS[chip]
+  clock, bandwidth, peak = core_of(topology)
   sizes = multinomial(shape.tokens * shape.top_k * shape.num_experts // shape.total_experts, shape.num_experts)
   module = "tools.bench.static_programs"
   cycles = twin_cycles(topology, {n: (module, "kernel_twin", {"name": n, "shape": shape, "blocks": blocks}) for n in names})
@@ -118,7 +118,7 @@ def plain_bytes(sizes, k: int, n: int, tile) -> int:
 
 def plain_estimate(topology: str, shapes: list[dict]) -> list[float | str]:
   """Static seconds of the plain grouped matmul for each {sizes, k, n, tile}."""
-  clock, bandwidth, _ = CHIPS[chip_of(topology)]
+  clock, bandwidth, _ = core_of(topology)
   twins = {str(i): ("tools.bench.static_programs", "grouped_matmul_twin",
                     {"rows_per_group": sum(s["sizes"]) // len(s["sizes"]), "k": s["k"], "n": s["n"], "tile": s["tile"]})
            for i, s in enumerate(shapes)}

@@ -27,10 +27,10 @@ import statistics
 import sys
 import zipfile
 
+from moe.hardware import CHIPS
 from moe.kernels import plan
 from tools.bench import static_layer
 from tools.bench import static_programs
-from tools.bench.static_compiler import CHIPS
 from tools.bench.static_compiler import chip_of
 from tools.bench.static_compiler import measure
 from tools.bench.static_compiler import module

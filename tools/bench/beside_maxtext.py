@@ -1,0 +1,127 @@
+"""The same models compiled for the same TPU topologies from MaxText and from here, read by one model (tools/hlo.py); a table.
+
+    PYTHON_OF_MAXTEXT -m tools.bench.beside_maxtext [--row=mixtral_v6e_fsdp ...] [--out=FILE.json]
+
+Runs in MaxText's environment with this project's requirements beside it (`pip install maxtext[tpu]==0.2.5 gin-config grain`,
+Python >= 3.12), so that both programs meet the same jax and libtpu. Both: sequences of 4096, AdamW with float32 state, bfloat16
+compute, remat full; the third program of a row is ours with `BEST`. Nothing runs on a TPU: memory is the compiler's, seconds are
+a static estimate. About a minute a program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Our own best: the inputs of the layers go to the host's memory.
+BEST = {"Model.remat": '"offload"'}
+
+
+class Row(NamedTuple):
+  peer_topology: str
+  topology: str
+  model: str  # MaxText's name
+  size: str  # configs/size
+  devices: int
+  sequences: int  # a device
+  mesh: dict[str, int]  # fsdp, expert
+
+
+ROWS = {
+    "mixtral_v6e_fsdp": Row("v6e-64", "v6e:8x8", "mixtral-8x7b", "mixtral_8x7b", 64, 4, {"fsdp": 64}),
+    "mixtral_v6e_fsdp_1": Row("v6e-64", "v6e:8x8", "mixtral-8x7b", "mixtral_8x7b", 64, 1, {"fsdp": 64}),
+    "mixtral_v6e_expert": Row("v6e-64", "v6e:8x8", "mixtral-8x7b", "mixtral_8x7b", 64, 2, {"fsdp": 8, "expert": 8}),
+    "mixtral_v5p_fsdp": Row("v5p-128", "v5p:4x4x4", "mixtral-8x7b", "mixtral_8x7b", 64, 4, {"fsdp": 64}),
+    "mixtral_v5p_expert": Row("v5p-128", "v5p:4x4x4", "mixtral-8x7b", "mixtral_8x7b", 64, 4, {"fsdp": 16, "expert": 4}),
+    "deepseek2_v6e_fsdp": Row("v6e-16", "v6e:4x4", "deepseek2-16b", "deepseek_v2_lite", 16, 1, {"fsdp": 16}),
+    "deepseek2_v6e_expert": Row("v6e-16", "v6e:4x4", "deepseek2-16b", "deepseek_v2_lite", 16, 1, {"fsdp": 4, "expert": 4}),
+    "qwen3_v5p_expert": Row("v5p-32", "v5p:2x2x4", "qwen3-30b-a3b", "qwen3_30b_a3b", 16, 2, {"fsdp": 2, "expert": 8}),
+}
+
+
+def peer(row: Row) -> dict:
+  axes = [f"ici_{axis}_parallelism={n}" for axis, n in row.mesh.items()]
+  done = _run(["-m", "tools.bench.maxtext_program", f"--topology={row.peer_topology}", "--", f"model_name={row.model}",
+               f"per_device_batch_size={row.sequences}", *axes])
+  found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+  return json.loads(found[0][7:]) if found else _problem(done)
+
+
+def ours(row: Row, changes: dict[str, str]) -> dict:
+  lines = [f'include "{ROOT}/configs/base.gin"', f'include "{ROOT}/configs/size/{row.size}.gin"',
+           f'include "{ROOT}/configs/data/embedded.gin"', 'Model.remat = "full"', "Data.sequence_tokens = 4096",
+           f"Data.batch_sequences = {row.sequences * row.devices}", "Train.steps = 1000",
+           *(f"Mesh.{axis} = {n}" for axis, n in row.mesh.items()), *(f"{k} = {v}" for k, v in changes.items())]
+  path = ROOT / ".beside_maxtext.gin"
+  path.write_text("\n".join(lines) + "\n")
+  try:
+    done = _run(["-m", "tools.compile_check", f"--gin_file={path}", f"--topology={row.topology}", "--json"])
+  finally:
+    path.unlink()
+  found = [line for line in done.stdout.splitlines() if line.startswith("{")]
+  return json.loads(found[0]) if found else _problem(done)
+
+
+def _run(command: list[str]):
+  return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=1200)
+
+
+def _problem(done) -> dict:
+  refusals = [line for line in (done.stdout + done.stderr).splitlines() if "RESOURCE_EXHAUSTED" in line or "Error" in line]
+  return {"problem": " ".join((refusals or ["no result"])[-1].split())[:200]}
+
+
+def facts(result: dict) -> dict | None:
+  """What the table compares; None where there is no program."""
+  hbm = result.get("hbm", result)
+  if "problem" in result or result.get("fits") is False or not hbm.get("peak_bytes"):
+    return None
+  network = sum(row["bytes"] for row in result["collectives"])
+  return {"peak": hbm["peak_bytes"], "seconds": result["step_seconds"]["predicted"], "network": network,
+          "asynchronous": sum(r["bytes"] * r["asynchronous_share"] for r in result["collectives"]) / network,
+          "overlapped": result["overlapped_share"], "compile": result["compile_seconds"]}
+
+
+def table(results: dict[str, dict]) -> str:
+  """Markdown: one line for each program; ours with the ratio to the peer's."""
+  lines = ["| row | program | peak HBM, GB | static estimate of a step, s | sent over links, GB | asynchronous | beside other work |",
+           "|---|---|---|---|---|---|---|"]
+  for name, programs in results.items():
+    base = facts(programs["MaxText"])
+    for program, result in programs.items():
+      f = facts(result)
+      if f is None:
+        lines.append(f"| {name} | {program} | does not compile or fit: {result.get('problem', 'memory')[:80]} | | | | |")
+        continue
+      ratio = lambda key: f" ({f[key] / base[key]:.2f})" if base and program != "MaxText" else ""
+      lines.append(f"| {name} | {program} | {f['peak'] / 1e9:.2f}{ratio('peak')} | {f['seconds']:.2f}{ratio('seconds')} | "
+                   f"{f['network'] / 1e9:.0f} | {f['asynchronous']:.0%} | {f['overlapped']:.0%} |")
+  return "\n".join(lines)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--row", action="append", choices=ROWS, help="repeat for several; default: all")
+  parser.add_argument("--out", type=pathlib.Path, help="keep the results here, and take those that are there already")
+  arguments = parser.parse_args()
+  results = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {}
+  for name in arguments.row or ROWS:
+    programs = results.setdefault(name, {})
+    makers = {"MaxText": lambda: peer(ROWS[name]), "ours": lambda: ours(ROWS[name], {}),
+              "ours, best": lambda: ours(ROWS[name], BEST)}
+    for program, make in makers.items():
+      if program not in programs:
+        programs[program] = make()
+        print(f"{name}, {program}: {facts(programs[program]) or programs[program].get('problem')}", file=sys.stderr, flush=True)
+        if arguments.out:
+          arguments.out.write_text(json.dumps(results, indent=1))
+  print(table({name: results[name] for name in arguments.row or ROWS}))
+
+
+if __name__ == "__main__":
+  main()

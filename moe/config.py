@@ -235,11 +235,12 @@ class Experts(_Checked):
   dispatch: str = "auto"  # all_gather | all_to_all: how tokens reach their experts; auto: all_to_all but on CPU
   buffer_factor: float = 1.5  # receive buffers of all_to_all over the mean; what is beyond takes further rounds
   overlap_degree: int = 1  # chunks of tokens whose transfers may run beside other chunks' matmuls
+  backward_degree: int = 0  # the same for the backward pass, which then does the layer's forward again; 0: as the forward
   forward_weights: str = ""  # int8 | float8_e4m3fn: the experts' matrices in the forward; their gradient passes through
 
   def check(self):
     _at_least(self, 1, "num_experts", "d_expert", "overlap_degree", "buffer_factor")
-    _at_least(self, 0, "d_shared", "capacity_factor")
+    _at_least(self, 0, "d_shared", "capacity_factor", "backward_degree")
     _one_of(self, "dispatch", ("auto", "all_gather", "all_to_all"))
     _one_of(self, "capacity_group", ("sequence", "microbatch"))
     _one_of(self, "drop_policy", ("position", "probability", "random"))

@@ -10,12 +10,14 @@ width, so tokens travel between the devices of a group, expert x tensor:
                  gathered over `tensor` there, and comes back. Receive buffers are bounded at `Experts.buffer_factor` times
                  the mean; what does not fit goes in further rounds, so that this too is exact for any imbalance
 
-Both may be cut into `Experts.overlap_degree` chunks, so that one chunk's transfers can run beside another's matmuls.
+Both may be cut into `Experts.overlap_degree` chunks (another number in the backward pass: `Experts.backward_degree`), so that
+one chunk's transfers can run beside another's matmuls. `hooks.py` names the points that a chunk passes.
 Weights are gathered over (fsdp, context) once, inside: so their gradients leave by reduce-scatter, not by all-reduce.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -26,6 +28,7 @@ from jax.sharding import PartitionSpec
 
 from moe import config
 from moe import exchange
+from moe import hooks
 from moe import sharding
 from moe.kernels import fused_experts
 from moe.kernels import plan as kernel_plan
@@ -63,6 +66,13 @@ class Plan(NamedTuple):
   inverse: jax.Array  # [T x K] int32, row of each selection; R or more where this device does not carry it out
   sizes: jax.Array  # [E] int32, rows of each expert: of those owned, or for `all_to_all` of all
   counts: jax.Array | None = None  # [devices of the group, E] int32, `all_to_all`: the sizes of every device
+
+
+class Plans(NamedTuple):
+  """The plans of all chunks."""
+
+  forward: tuple[Plan, ...]
+  backward: tuple[Plan, ...] = ()  # where the backward pass is cut in another way
 
 
 class _Layout(NamedTuple):
@@ -108,7 +118,11 @@ _DEVICES = PartitionSpec(sharding.AXES)
 EXPERT_AXES = ("experts", "embed", "hidden"), ("experts", "inner", None)
 
 
-def make_plan(chosen, experts: config.Experts, slots_in_row: int = 0, slots_in_batch: int = 0) -> tuple[Plan, ...]:
+def _of_backward(experts: config.Experts) -> config.Experts:
+  return dataclasses.replace(experts, overlap_degree=experts.backward_degree or experts.overlap_degree)
+
+
+def make_plan(chosen, experts: config.Experts, slots_in_row: int = 0, slots_in_batch: int = 0) -> Plans:
   """Sorts the selections by expert, for every chunk.
 
   Args:
@@ -119,14 +133,18 @@ def make_plan(chosen, experts: config.Experts, slots_in_row: int = 0, slots_in_b
     slots_in_batch: the same for all rows together.
   """
   mesh, num_experts = jax.sharding.get_abstract_mesh(), experts.num_experts
-  lay = layout(mesh, *chosen.shape, experts)
+  lay, lay_backward = (layout(mesh, *chosen.shape, e) for e in (experts, _of_backward(experts)))
 
   def local(chosen):
+    forward = split(lay, chosen)
+    return Plans(forward, () if lay_backward == lay else split(lay_backward, chosen))
+
+  def split(lay, chosen):
     rows = chosen.shape[0] * (lay.members if lay.dispatch == "all_gather" else 1)
     most = slots_in_row * rows or slots_in_batch
-    return tuple(map(functools.partial(chunk, most), jnp.split(chosen.reshape(-1, chosen.shape[-1]), lay.chunks)))
+    return tuple(chunk(lay, most, part) for part in jnp.split(chosen.reshape(-1, chosen.shape[-1]), lay.chunks))
 
-  def chunk(most, chosen):
+  def chunk(lay, most, chosen):
     if lay.dispatch == "all_to_all":
       order, inverse, sizes = _sort(chosen.reshape(-1), num_experts, most)
       return Plan(order, inverse, sizes, jax.lax.all_gather(sizes, lay.group))
@@ -150,7 +168,7 @@ def _sort(keys, num_experts: int, most: int):
   return order[:min(keys.size, num_experts * (most or keys.size))], jnp.argsort(order), sizes
 
 
-def apply_experts(x, plans: tuple[Plan, ...], gates, weights: Weights, *, activation: str,
+def apply_experts(x, plans: Plans, gates, weights: Weights, *, activation: str,
                   experts: config.Experts) -> jax.Array:
   """Sum over a token's experts of gate x expert(token).
 
@@ -167,20 +185,34 @@ def apply_experts(x, plans: tuple[Plan, ...], gates, weights: Weights, *, activa
     [B, S, D] in x's dtype; 0 where a token has no selection.
   """
   mesh, width, top_k = jax.sharding.get_abstract_mesh(), x.shape[-1], gates.shape[-1]
-  lay = layout(mesh, *gates.shape, experts)
+  lay, lay_backward = (layout(mesh, *gates.shape, e) for e in (experts, _of_backward(experts)))
   quantized = None
   if experts.forward_weights:
     quantized = jax.tree.map(lambda w: quantize.quantize(w, experts.forward_weights), weights)
     weights = jax.tree.map(lambda w: quantize.rounded(w, experts.forward_weights), weights)
   chunk = {"all_gather": _all_gather, "all_to_all": _all_to_all}[lay.dispatch]
 
-  def local(x, gates, plans, matrices):
+  def split(lay, plans, x, gates, matrices):
     compute = functools.partial(_experts, matrices=matrices, activation=activation, backend=experts.backend)
     parts = zip(jnp.split(x.reshape(-1, width), lay.chunks), jnp.split(gates.reshape(-1, top_k), lay.chunks), plans)
     out = [chunk(x, gates, plan, lay, compute) for x, gates, plan in parts]
     return jnp.concatenate(out).reshape(x.shape)
 
-  return _on_mesh(local, lay.tokens, x, gates, plans, _Matrices(weights, quantized))
+  @jax.custom_vjp
+  def two_ways(plans, x, gates, matrices):
+    return split(lay, plans.forward, x, gates, matrices)
+
+  def backward(saved, grad):
+    plans, *inputs = saved
+    return None, *jax.vjp(functools.partial(split, lay_backward, plans.backward), *inputs)[1](grad)
+
+  two_ways.defvjp(lambda *inputs: (two_ways(*inputs), inputs), backward)
+
+  def local(x, gates, plans, matrices):
+    return two_ways(plans, x, gates, matrices) if plans.backward else split(lay, plans.forward, x, gates, matrices)
+
+  out = _on_mesh(local, lay.tokens, hooks.at("before_layer", x), gates, plans, _Matrices(weights, quantized))
+  return hooks.at("after_layer", out)
 
 
 def apply_soft_experts(x, choice: SoftChoice, weights: Weights, *, activation: str) -> jax.Array:
@@ -278,12 +310,14 @@ def kernel_choice(run: config.Run, mesh) -> kernel_plan.Choice:
 
 def _all_gather(x, gates, plan: Plan, lay: _Layout, compute):
   """One chunk: the group's tokens to every device of it. x [T, D] -> [T, D]."""
+  x = hooks.at("before_dispatch", x)
   if lay.group:
     x, gates = (jax.lax.all_gather(a, lay.group, tiled=True) for a in (x, gates))
-  out = compute(x, gates, plan, total=plan.sizes.size * lay.members)
+  out = compute(hooks.at("after_dispatch", x), gates, plan, total=plan.sizes.size * lay.members)
+  out = hooks.at("before_combine", out)
   if lay.summed:
     out = jax.lax.psum(out, lay.summed)
-  return jax.lax.psum_scatter(out, lay.group, tiled=True) if lay.group else out
+  return hooks.at("after_combine", jax.lax.psum_scatter(out, lay.group, tiled=True) if lay.group else out)
 
 
 def _all_to_all(x, gates, plan: Plan, lay: _Layout, compute):
@@ -295,15 +329,16 @@ def _all_to_all(x, gates, plan: Plan, lay: _Layout, compute):
 
   def window(rows, first):
     """What the rows that arrive at places first .. first + bound - 1 of each device's queue come back as."""
-    received = exchange.send(rows, ways, first)
+    received = exchange.send(hooks.at("before_dispatch", rows), ways, first)
     if tensor:
       received = jax.lax.all_gather(received, "tensor", tiled=True)
+    received = hooks.at("after_dispatch", received)
     order, inverse, sizes = ways.received(first)
     arrived = (inverse < jnp.sum(sizes)).astype(jnp.float32)[:, None]
-    out = compute(received, arrived, Plan(order, inverse, sizes), total=sizes.size)
+    out = hooks.at("before_combine", compute(received, arrived, Plan(order, inverse, sizes), total=sizes.size))
     if tensor:
       out = jax.lax.psum_scatter(out, "tensor", tiled=True)
-    return exchange.send_back(out, ways, first, rows.shape[0])
+    return hooks.at("after_combine", exchange.send_back(out, ways, first, rows.shape[0]))
 
   out = window(rows, 0)
   rounds = -(-lay.members * rows.shape[0] // lay.bound)

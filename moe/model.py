@@ -70,7 +70,7 @@ class Decision(NamedTuple):
   """What a router says about the tokens of one micro-batch."""
 
   choice: gates.Choice | gates.SoftChoice  # as it is carried out: weights
-  plans: tuple[experts_lib.Plan, ...] | None  # None for SoftMoE
+  plans: experts_lib.Plans | None  # None for SoftMoE
   stats: balance.Stats
   experts: jax.Array  # [B, S, K] int32
   probabilities: jax.Array  # [B, S, E] float32

@@ -13,7 +13,7 @@ from tests import small
 # routers added 16: the gate (4 with its options), the recurrent router (6) and the pre-gate (4) with their variants, the
 # selection bias, the micro mix and the capacity group, less the softmax order, which renormalize says already. The kernels
 # added one, the name that forces an attention.
-NUMBER_OF_KNOBS = 122
+NUMBER_OF_KNOBS = 123
 
 
 def classes():

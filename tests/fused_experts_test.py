@@ -53,7 +53,7 @@ def inputs(load, seed=0, tokens=T, num_experts=E, top_k=K, width=D, hidden=F):
 
 def fused(chosen, blocks=BLOCKS, activation="swiglu", interpret=True, forward_weights=None):
   num_experts, top_k = (E, K) if chosen.shape[1] == K else (512, chosen.shape[1])
-  plan, = experts.make_plan(jnp.asarray(chosen, jnp.int32)[None], config.Experts(num_experts=num_experts, d_expert=F))
+  (plan,), _ = experts.make_plan(jnp.asarray(chosen, jnp.int32)[None], config.Experts(num_experts=num_experts, d_expert=F))
   tiles = visits.make(plan.order, plan.inverse, plan.sizes, top_k, blocks.tile_rows)
 
   def run(x, gates, weights):

@@ -9,7 +9,8 @@ import os
 import sys
 
 if __name__ == "__main__":
-  os.environ.update(XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0", JAX_PLATFORMS="cpu")
+  flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+  os.environ.update(XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

@@ -1,5 +1,6 @@
 """Any factorisation of eight devices gives the single-device loss, gradients and balance loss; dispatch, overflow, refusals."""
 
+import functools
 import json
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from tests import small
 from moe import config
 from moe import exchange
 from moe import experts
+from moe import hooks
 from moe import sharding
 
 STRONG = {"balance_coef": 1.0, "z_loss_coef": 0.1}
@@ -29,6 +31,9 @@ CASES = {
     "to_all_overflow": ({"expert": 8}, {}, {**DROPLESS, "buffer_factor": 1.0}),
     "to_all_everything": ({"fsdp": 2, "expert": 2, "context": 2}, {}, {**DROPLESS, "overlap_degree": 2}),
     "to_all_capacity": ({"expert": 2, "context": 2, "tensor": 2}, {}, {**DROPLESS, **CAPACITY, "overlap_degree": 4}),
+    "to_all_two_degrees": ({"expert": 4, "context": 2}, {}, {**DROPLESS, "overlap_degree": 1, "backward_degree": 4}),
+    "gather_two_degrees": ({"expert": 2, "fsdp": 2, "tensor": 2}, {},
+                           {"dispatch": "all_gather", "overlap_degree": 4, "backward_degree": 2}),
     "gather_chunks": ({"slice": 2, "expert": 2, "tensor": 2}, {}, {"dispatch": "all_gather", "overlap_degree": 4}),
     "gather_context_capacity": ({"fsdp": 2, "context": 2, "tensor": 2}, {}, CAPACITY),
     "sigmoid": ({"expert": 4, "context": 2}, {"gate": "sigmoid", "bias_update_rate": 0.01}, {**DROPLESS, "overlap_degree": 2}),
@@ -66,7 +71,7 @@ def random_case(seed: int):
     sizes["fsdp"] *= sizes["tensor"] // 2
     sizes["tensor"] = 2
   block = {"dispatch": str(rng.choice(["all_gather", "all_to_all"])), "overlap_degree": int(rng.choice([1, 2, 4])),
-           "buffer_factor": float(rng.choice([1.0, 1.5])), **(CAPACITY if rng.random() < 0.4 else {})}
+           "backward_degree": int(rng.choice([0, 2])), "buffer_factor": float(rng.choice([1.0, 1.5])), **(CAPACITY if rng.random() < 0.4 else {})}
   return sizes, {"top_k": int(rng.choice([1, 2, 4]))}, block
 
 
@@ -194,6 +199,35 @@ def run_without_overflow(run, x, weights):
     return jax.jit(lambda *a: run(*a))(x, weights)
   finally:
     jax.lax.cond = original
+
+
+@pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather"])
+def test_hooks_see_each_chunk_in_order_and_may_change_it(dispatch):
+  """Traced only: one layer in two chunks."""
+  e = config.Experts(num_experts=4, d_expert=8, backend="dense", dispatch=dispatch, overlap_degree=2, buffer_factor=4.0)
+  seen = []
+  watch = {p: functools.partial(lambda p, x: seen.append((p, x.shape)), p) for p in hooks.POINTS}
+  weights = experts.Weights(*(jnp.ones(s) for s in ((4, 16, 8), (4, 16, 8), (4, 8, 16))))
+
+  def layer(x):
+    plans = experts.make_plan(jnp.zeros((4, 8, 1), jnp.int32), e)
+    return experts.apply_experts(x, plans, jnp.ones((4, 8, 1)), weights, activation="swiglu", experts=e)
+
+  with jax.set_mesh(sharding.make_mesh(config.Mesh(expert=4), jax.devices()[:4])):
+    with hooks.installed(**watch):
+      jax.eval_shape(layer, jnp.ones((4, 8, 16)))
+    names, chunk = [p for p, _ in seen], list(hooks.POINTS[1:5])
+    assert names == ["before_layer", *chunk, *chunk, "after_layer"]
+    assert seen[0][1] == seen[-1][1] == (4, 8, 16) and seen[1][1] == seen[4][1] == (4, 16)  # 8 tokens a device, in halves
+    assert seen[2][1] == (16, 16)  # what arrives: the group's tokens, or a buffer of four times the mean
+    with hooks.installed(before_layer=lambda x: 0 * x):
+      assert not np.asarray(jax.jit(lambda x: layer(x))(jnp.ones((4, 8, 16)))).any()
+    assert np.asarray(jax.jit(lambda x: layer(x))(jnp.ones((4, 8, 16)))).any()
+    with hooks.installed(after_dispatch=lambda x: x[:1]), pytest.raises(ValueError, match="return the same shape and dtype"):
+      jax.eval_shape(lambda x: layer(x), jnp.ones((4, 8, 16)))
+  with pytest.raises(ValueError, match="'dispatch' is no point of the expert layer; the points are before_layer"):
+    with hooks.installed(dispatch=None):
+      pass
 
 
 # ------------------------------------------------------------------------------------------------------------- rules

@@ -53,10 +53,10 @@ def peer(row: Row) -> dict:
 
 
 def ours(row: Row, changes: dict[str, str]) -> dict:
-  lines = [f'include "{ROOT}/configs/base.gin"', f'include "{ROOT}/configs/size/{row.size}.gin"',
-           f'include "{ROOT}/configs/data/embedded.gin"', 'Model.remat = "full"', "Data.sequence_tokens = 4096",
-           f"Data.batch_sequences = {row.sequences * row.devices}", "Train.steps = 1000",
-           *(f"Mesh.{axis} = {n}" for axis, n in row.mesh.items()), *(f"{k} = {v}" for k, v in changes.items())]
+  values = {"Model.remat": '"full"', "Data.sequence_tokens": 4096, "Data.batch_sequences": row.sequences * row.devices,
+            "Train.steps": 1000, **{f"Mesh.{axis}": n for axis, n in row.mesh.items()}, **changes}
+  lines = [*(f'include "{ROOT}/configs/{name}.gin"' for name in ("base", f"size/{row.size}", "data/embedded")),
+           *(f"{name} = {value}" for name, value in values.items())]
   path = ROOT / ".beside_maxtext.gin"
   path.write_text("\n".join(lines) + "\n")
   try:
@@ -73,7 +73,7 @@ def _run(command: list[str]):
 
 def _problem(done) -> dict:
   refusals = [line for line in (done.stdout + done.stderr).splitlines() if "RESOURCE_EXHAUSTED" in line or "Error" in line]
-  return {"problem": " ".join((refusals or ["no result"])[-1].split())[:200]}
+  return {"problem": " ".join((refusals or done.stderr.splitlines() or ["no result"])[-1].split())[:200]}
 
 
 def facts(result: dict) -> dict | None:

@@ -54,7 +54,7 @@ def multinomial(rows: int, groups: int) -> list[int]:
 
 def kernel_estimates(topology: str, shape, blocks, names) -> list[dict]:
   """Exact counts and the static estimate of our kernels, for multinomial loads."""
-  shape, chip = plan.Shape(*shape), chip_of(topology)
+  shape = plan.Shape(*shape)
   clock, bandwidth, peak = core_of(topology)
   sizes = multinomial(shape.tokens * shape.top_k * shape.num_experts // shape.total_experts, shape.num_experts)
   module = "tools.bench.static_programs"

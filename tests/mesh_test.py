@@ -71,7 +71,8 @@ def random_case(seed: int):
     sizes["fsdp"] *= sizes["tensor"] // 2
     sizes["tensor"] = 2
   block = {"dispatch": str(rng.choice(["all_gather", "all_to_all"])), "overlap_degree": int(rng.choice([1, 2, 4])),
-           "backward_degree": int(rng.choice([0, 2])), "buffer_factor": float(rng.choice([1.0, 1.5])), **(CAPACITY if rng.random() < 0.4 else {})}
+           "backward_degree": int(rng.choice([0, 2])), "buffer_factor": float(rng.choice([1.0, 1.5])),
+           **(CAPACITY if rng.random() < 0.4 else {})}
   return sizes, {"top_k": int(rng.choice([1, 2, 4]))}, block
 
 

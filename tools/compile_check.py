@@ -2,6 +2,7 @@
 
     python -m tools.compile_check --gin_file=configs/run/mixtral_8x7b_v6e_64.gin                # its own topology
     python -m tools.compile_check --gin_file=... --topology=v5p:4x4x4 --slices=2 --json
+    python -m tools.compile_check --gin_file=... --search             # the best layouts for this model and pod
     python -m tools.compile_check --gin_file=... --golden=FILE        # writes the budget of this run, or compares with it
 
 Fits or not and by how much, HBM by kind and the largest arrays by name, FLOPs and the MFU that the predicted step would have,
@@ -32,6 +33,7 @@ from moe import sharding
 from moe import sizes
 from moe import step as step_lib
 from tools import hlo
+from tools import layout_search
 
 # Steps of other programs that were timed on a TPU and published, and what the same model predicts of them, compiled here.
 PUBLISHED = pathlib.Path(__file__).parent / "published_steps.json"
@@ -91,8 +93,7 @@ def check(run: config.Run, topology: str, slices: int = 1, options: dict | None 
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     result["compile_seconds"] = time.perf_counter() - begin
-    return {**result, "fits": False, **_out_of_memory(str(error), state, chip),
-            "smaller": _smaller(run, topology, slices, options)}
+    return {**result, "fits": False, **_out_of_memory(str(error), state, chip)}
   result["compile_seconds"] = time.perf_counter() - begin
   compiled_text = compiled.as_text()
   if keep:
@@ -133,7 +134,7 @@ def _smaller(run: config.Run, topology: str, slices: int, options) -> dict | Non
     result = check(half, topology, slices, options)
   except config.ConfigError:
     return None
-  return result.get("smaller") if not result["fits"] else {**result, "micro_batches": count}
+  return {**result, "micro_batches": count} if result["fits"] else _smaller(half, topology, slices, options)
 
 
 def _out_of_memory(text: str, state, chip: hardware.Chip) -> dict:
@@ -251,6 +252,8 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--xla", action="append", default=[], metavar="NAME=VALUE", help="an option of the compiler")
   parser.add_argument("--golden", type=pathlib.Path, help="file of budgets, to record in or to compare with")
   parser.add_argument("--hlo", metavar="FILE", help="keep the compiled program's text")
+  parser.add_argument("--search", nargs="?", type=float, const=1200.0, metavar="SECONDS",
+                      help="rank all legal layouts by a closed form, compile the best 8, as many as begin in this time (1200)")
   parser.add_argument("--json", action="store_true")
   arguments, rest = parser.parse_known_args(argv)
   if importlib.util.find_spec("libtpu") is None:
@@ -263,7 +266,14 @@ def main(argv: list[str] | None = None) -> int:
     if topology is None:
       topology, named = topology_in(pathlib.Path(arguments.gin_file[-1]))
       slices = arguments.slices or named
-    result = check(run, topology, slices, dict(o.split("=", 1) for o in arguments.xla), arguments.hlo)
+    if arguments.search:
+      rows = layout_search.search(run, topology, slices, len(devices_of(topology)), check, arguments.search)
+      print(json.dumps(rows) if arguments.json else layout_search.text(rows))
+      return 0 if any(row["fits"] for row in rows) else 1
+    options = dict(o.split("=", 1) for o in arguments.xla)
+    result = check(run, topology, slices, options, arguments.hlo)
+    if not result["fits"]:
+      result["smaller"] = _smaller(run, topology, slices, options)
   except (config.ConfigError, jax.errors.JaxRuntimeError, ValueError) as error:
     print(f"compile_check: {' '.join(str(error).split())[:600]}", file=sys.stderr)
     return 2

@@ -9,7 +9,6 @@ import numpy as np
 
 from moe.kernels import plan
 from tools.bench import static_programs
-from tools.bench.static_compiler import chip_of
 from tools.bench.static_compiler import core_of
 from tools.bench.static_compiler import measure
 from tools.bench.static_compiler import Report

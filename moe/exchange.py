@@ -103,9 +103,15 @@ def send_back(rows: jax.Array, ways: Ways, first, length: int) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _travel(axis: str, length: int, rows, there: Way, back: Way):
   if sharding.current_device().platform == "cpu":
-    return _emulated(rows, length, there, axis)
-  out = jnp.zeros((length, rows.shape[1]), rows.dtype)
-  return jax.lax.ragged_all_to_all(rows, out, *there, axis_name=axis)
+    out = _emulated(rows, length, there, axis)
+  else:
+    # Into memory as it is: the compiler would spend more on zeros in the layout that the operation wants than on the transfer.
+    # Without the barrier it allocates once for all layers of a scan, and copies that for each.
+    out, rows = jax.lax.optimization_barrier((jax.lax.empty((length, rows.shape[1]), rows.dtype), rows))
+    out = jax.lax.ragged_all_to_all(rows, out, *there, axis_name=axis)
+  row = jnp.arange(length)[:, None] - back.input_offsets
+  arrived = ((row >= 0) & (row < back.send_sizes)).any(1)
+  return jnp.where(arrived[:, None], out, 0)
 
 
 def _forward(axis, length, rows, there, back):
@@ -121,7 +127,8 @@ _travel.defvjp(_forward, _backward)
 
 
 def _emulated(rows, length: int, way: Way, axis: str):
-  """`jax.lax.ragged_all_to_all` into zeros, by gathering everything: output row r comes from the source that says so."""
+  """`jax.lax.ragged_all_to_all` into memory that nobody cleared (NaN), by gathering everything: output row r comes from the
+  source that says so."""
   me = jax.lax.axis_index(axis)
   everything = jax.lax.all_gather(rows, axis)  # [N, R, D]
   begin, size, put = (jax.lax.all_gather(a, axis)[:, me] for a in way[:3])
@@ -129,4 +136,4 @@ def _emulated(rows, length: int, way: Way, axis: str):
   from_it = (within >= 0) & (within < size[:, None])
   source = jnp.argmax(from_it, 0)
   place = begin[source] + jnp.take_along_axis(within, source[None], 0)[0]
-  return jnp.where(from_it.any(0)[:, None], everything[source, jnp.clip(place, 0, rows.shape[0] - 1)], 0)
+  return jnp.where(from_it.any(0)[:, None], everything[source, jnp.clip(place, 0, rows.shape[0] - 1)], jnp.nan)

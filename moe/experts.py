@@ -351,7 +351,7 @@ def _all_to_all(x, gates, plan: Plan, lay: _Layout, compute):
 
       return jax.lax.scan(one, jnp.zeros_like(rows), jnp.arange(1, rounds) * lay.bound)[0]
 
-    out = out + jax.lax.cond(ways.longest > lay.bound, overflow, jnp.zeros_like, rows)
+    out = jax.lax.cond(ways.longest > lay.bound, lambda out, rows: out + overflow(rows), lambda out, _: out, out, rows)
   return _weighted_sum(out, plan, gates)
 
 

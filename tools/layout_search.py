@@ -1,8 +1,8 @@
 """All legal layouts of a run on a pod, ranked by a closed form; the best are then compiled (`compile_check --search`).
 
-A layout is a factorisation of the devices over data, fsdp, expert, context and tensor, a remat policy, a number of micro-batches
-and an overlap degree; the model, the batch of a step and the length of a sequence stay as they are. The closed form is rough on
-purpose: it sorts some hundreds of layouts in a second, and the compiler then says what it was worth (both ranks are printed).
+A layout is a factorisation of the devices over data, fsdp, expert, context and tensor, a remat policy, a number of
+micro-batches and an overlap degree; the model, the batch of a step and the length of a sequence stay. The closed form is rough
+on purpose: it sorts hundreds of layouts in a second, and the compiler then says what it was worth (both ranks are printed).
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def text(rows: list[dict]) -> str:
   """For people, by the compiled program."""
   if not rows:
     return "  no legal layout"
-  lines = [f"  {rows[0]['of']} legal layouts; the best {len(rows)} by the closed form, compiled (static estimates, nothing ran):",
+  lines = [f"  {rows[0]['of']} legal layouts; the best {len(rows)} by the closed form, compiled (static, nothing ran):",
            "  compiled  closed form   compiled s  GB      closed form s  GB      layout"]
   for row in sorted(rows, key=lambda r: r["compiled_place"]):
     c, e = row["compiled"], row["estimated"]

@@ -131,7 +131,7 @@ class LatentAttention(_Weights):
     if a.q_lora_rank:
       latent = jnp.einsum("bsd,dr->bsr", x, self.weight("q_down", (d_model, a.q_lora_rank), ("embed", "latent")))
       q = jnp.einsum("bsr,rhk->bshk", self.norm("q_norm", latent),
-                     self.weight("q_up", (a.q_lora_rank, a.num_heads, a.qk_dim), ("latent", "heads", "head_dim")))
+                     self.weight("q_up", (a.q_lora_rank, a.num_heads, a.qk_dim), ("rank", "heads", "head_dim")))
     else:
       q = jnp.einsum("bsd,dhk->bshk", x, self.weight("q", (d_model, a.num_heads, a.qk_dim), ("embed", "heads", "head_dim")))
     q_plain, q_rotary = jnp.split(q, [a.head_dim], -1)
@@ -140,7 +140,7 @@ class LatentAttention(_Weights):
     down = self.weight("kv_down", (d_model, a.kv_lora_rank + a.rope_head_dim), ("embed", "latent"))
     latent, k_rotary = jnp.split(jnp.einsum("bsd,dr->bsr", x, down), [a.kv_lora_rank], -1)
     k_rotary = layers.apply_rope(k_rotary[:, :, None], context.rope, a.rope.interleaved)
-    up = self.weight("kv_up", (a.kv_lora_rank, a.num_heads, a.head_dim + a.v_head_dim), ("latent", "heads", "head_dim"))
+    up = self.weight("kv_up", (a.kv_lora_rank, a.num_heads, a.head_dim + a.v_head_dim), ("rank", "heads", "head_dim"))
     k_plain, v = jnp.split(jnp.einsum("bsr,rhk->bshk", self.norm("kv_norm", latent), up), [a.head_dim], -1)
     k = jnp.concatenate([k_plain, jnp.broadcast_to(k_rotary, (*k_plain.shape[:3], a.rope_head_dim))], -1)
     return _attend(self, q, k, v, context, cache)

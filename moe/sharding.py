@@ -35,7 +35,8 @@ TABLE = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
-    "latent": None,  # low-rank widths of latent attention
+    "latent": None,  # low-rank widths of latent attention, where they are written
+    "rank": ("fsdp", "context"),  # and where they are read
     "hidden": "tensor",  # F
     "inner": ("tensor", "fsdp", "context"),  # F of the experts' second matrix
     "experts": "expert",  # E
@@ -162,6 +163,8 @@ def check_run(run: config.Run, mesh) -> None:
   must_divide("Experts.num_experts", model.experts.num_experts, "experts")
   must_divide("Model.d_model", model.d_model, "embed")
   must_divide("Attention.num_heads", model.attention.num_heads, "heads")
+  must_divide("Attention.q_lora_rank", model.attention.q_lora_rank, "rank")
+  must_divide("Attention.kv_lora_rank", model.attention.kv_lora_rank, "rank")
   must_divide("Attention.num_kv_heads", model.attention.kv_heads, "kv_heads")
   must_divide("Experts.d_expert", model.experts.d_expert, "inner")
   must_divide("Experts.d_shared", model.experts.d_shared, "hidden")

@@ -43,6 +43,8 @@ def params(abstract, seed=0):
   def leaf(path, x):
     value = rng.normal(size=x.shape).astype(np.float32)
     value = 1 + 0.2 * value if path[-1].key.endswith("scale") else 0.3 * value
+    if x.sharding is None:
+      return jax.device_put(value)
     return jax.make_array_from_callback(x.shape, x.sharding, lambda index: value[index])  # also on several hosts
 
   return jax.tree_util.tree_map_with_path(leaf, abstract)

@@ -3,7 +3,11 @@
 Nothing runs on a TPU. Needs libtpu, so `bash tools/dev.sh tpu`; elsewhere skipped.
 """
 
+import json
+import os
+import pathlib
 import re
+import shutil
 
 import pytest
 
@@ -13,6 +17,7 @@ pytest.importorskip("libtpu", reason="libtpu is in the environment of tools/dev.
 from jax.experimental import topologies  # noqa: E402
 
 from moe import config  # noqa: E402
+from moe import gin_config  # noqa: E402
 from moe import hardware  # noqa: E402
 from moe import sharding  # noqa: E402
 from moe import step as step_lib  # noqa: E402
@@ -166,3 +171,23 @@ def test_exact_step_scope_compiles():
     ids=["gru", "pre_gate", "deepseek_v3", "noisy_random", "expert_choice", "soft"])
 def test_routers_compile(router, experts):
   compiled("v5e:2x4", {"data": 2, "fsdp": 2, "expert": 2}, model={"router": router, "experts": experts})
+
+
+BUDGETS = pathlib.Path(__file__).parent / "golden" / "compile_budgets.json"
+
+
+def turn(names: list[str]) -> list[str]:
+  """All of them, or where CI says so (MOE_BUDGET_TURN) one: a compile takes a minute or two."""
+  return names if "MOE_BUDGET_TURN" not in os.environ else [names[int(os.environ["MOE_BUDGET_TURN"]) % len(names)]]
+
+
+@pytest.mark.parametrize("name", turn(sorted(json.loads(BUDGETS.read_text()))))
+def test_run_config_keeps_its_budget(name, tmp_path):
+  """Neither HBM nor a collective has grown since the budget was recorded (compile_check --golden=FILE), under the same versions."""
+  path = gin_config.CONFIGS / "run" / f"{name}.gin"
+  result = compile_check.check(gin_config.resolve([path]).run, *compile_check.topology_in(path))
+  assert result["fits"]
+  if compile_check.budget_key(result) not in json.loads(BUDGETS.read_text())[name]:
+    pytest.skip(f"no budget of {name} under {compile_check.budget_key(result)}")
+  copy = shutil.copy(BUDGETS, tmp_path)
+  assert compile_check.over_budget(result, pathlib.Path(copy), name) == []

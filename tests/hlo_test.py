@@ -62,6 +62,52 @@ def test_walk():
   assert walk.unknown_trips == 0
 
 
+CHAIN = """HloModule m, is_scheduled=true
+
+%begin (q: f32[1000]) -> (f32[1000], f32[2000]) {
+  %q = f32[1000]{0} parameter(0)
+  %g.1 = f32[2000]{0} all-gather(%q), replica_groups={{0,2},{1,3},{4,6},{5,7}}, dimensions={0}
+}
+
+%async_collective_fusion.7 (r: f32[1000]) -> (f32[1000], f32[2000]) {
+  %r = f32[1000]{0} parameter(0)
+  %g.2 = f32[2000]{0} all-gather(%r), replica_groups={{0,2},{1,3},{4,6},{5,7}}, dimensions={0}
+}
+
+%finish (s: f32[1000]) -> f32[2000] {
+  %s = f32[1000]{0} parameter(0)
+  %g.3 = f32[2000]{0} all-gather(%s), replica_groups={{0,2},{1,3},{4,6},{5,7}}, dimensions={0}
+}
+
+ENTRY %main (a: f32[1000]) -> f32[1000] {
+  %a = f32[1000]{0} parameter(0)
+  %async-collective-start.3 = (f32[1000]{0}, f32[2000]{0}) fusion(%a), kind=kCustom, calls=%begin
+  %x.1 = f32[1000]{0} get-tuple-element(%async-collective-start.3), index=0
+  %step.1 = (f32[1000]{0}, f32[2000]{0}) fusion(%a, %x.1), calls=%async_collective_fusion.7, backend_config={"estimated_cycles":"1000"}
+  %x.2 = f32[1000]{0} get-tuple-element(%step.1), index=0
+  %step.2 = (f32[1000]{0}, f32[2000]{0}) fusion(%a, %x.2), calls=%async_collective_fusion.7, backend_config={"estimated_cycles":"1000"}
+  %x.3 = f32[1000]{0} get-tuple-element(%step.2), index=0
+  %async-collective-done.3 = f32[2000]{0} fusion(%x.3), kind=kCustom, calls=%finish
+  %rows = f32[3000]{0} fusion(%a), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"0"}
+  %exchange = f32[1000]{0} ragged-all-to-all(%rows, %a, %o), replica_groups={{0,2},{1,3},{4,6},{5,7}}
+  %down-start = ((f32[8,1000]{1,0:S(5)}, s32[]), f32[1,1000]{1,0}, u32[]) dynamic-slice-start(%h), calls=%f
+  %down-done = f32[1,1000]{1,0} dynamic-slice-done(%down-start)
+}
+"""
+
+
+def test_a_transfer_that_goes_on_beside_several_matmuls_counts_once():
+  """v5e writes the collective into each link of the chain; two of its four microseconds are hidden. A ragged exchange moves no
+  more than its smaller side holds; what comes from the host's memory goes over another link."""
+  walk = hlo.walk(hlo.parse(CHAIN), CHIP, SIZES)
+  gather, exchange = walk.collectives
+  assert (gather.kind, gather.bytes, gather.asynchronous) == ("all-gather", 4000, True)
+  assert gather.exposed == pytest.approx(2e-6) and walk.compute == pytest.approx(2e-6)
+  assert (exchange.kind, exchange.bytes) == ("ragged-all-to-all", 4000 / 2)
+  assert walk.host == walk.host_exposed == pytest.approx(4000 / CHIP.host) and walk.network == pytest.approx(6e-6)
+  assert walk.seconds == pytest.approx(2e-6 + 2e-6 + 2e-6 + walk.host)
+
+
 def test_unknown_trips_are_counted():
   text = PROGRAM.replace("%limit = s32[] constant(5)", "%limit = s32[] get-tuple-element(%p.1), index=0")
   walk = hlo.walk(hlo.parse(text), CHIP, SIZES)

@@ -183,7 +183,7 @@ def turn(names: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("name", turn(sorted(json.loads(BUDGETS.read_text()))))
 def test_run_config_keeps_its_budget(name, tmp_path):
-  """Neither HBM nor a collective has grown since the budget was recorded (compile_check --golden=FILE), under the same versions."""
+  """Neither HBM nor a collective has grown since the budget was recorded (compile_check --golden=FILE), same versions."""
   path = gin_config.CONFIGS / "run" / f"{name}.gin"
   result = compile_check.check(gin_config.resolve([path]).run, *compile_check.topology_in(path))
   assert result["fits"]

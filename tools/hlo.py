@@ -29,6 +29,8 @@ _HOST = "host"
 _NOTHING = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id")
 
 
+# On v5e a transfer is a chain of fusions: its start, matmuls that it goes on beside, its end; each repeats the collective.
+_START, _STEP, _DONE = "async-collective-start", "async_collective_fusion", "async-collective-done"
 # Where an operation names what it wraps; the SparseCores' are called as one or the other by libtpu 0.0.50 and 0.0.51.
 _CALLED = {"fusion": "calls", "async-start": "calls", "call-start": "to_apply", "custom-call-start": "called_computations"}
 
@@ -234,6 +236,7 @@ class _Walker:
   def _walk(self, instructions: list[Instruction]) -> Walk:
     out, now, free = Walk(), 0.0, {}
     started: dict[str, tuple[float, Collective]] = {}
+    chain: dict[str, str] = {}  # what hands a transfer on that is under way -> the name that it started under
     shapes = {i.name: i for i in instructions}
     for i in instructions:
       kind = i.operation.removesuffix("-start").removesuffix("-done")
@@ -254,9 +257,12 @@ class _Walker:
           begin = max(now, free.get(collective.axes, 0.0))
           free[collective.axes] = begin + collective.seconds
           started[i.name] = begin + collective.seconds, collective
-      elif i.operation.endswith("-done"):
-        if i.operands and i.operands[0] in started:
-          end, collective = started.pop(i.operands[0])
+      elif i.operation.endswith("-done") or i.name.startswith(_DONE):
+        source = i.operands[0] if i.operands else ""
+        if i.name.startswith(_DONE):
+          source = next((chain[o] for o in i.operands if chain.get(o) in started), "")
+        if source in started:
+          end, collective = started.pop(source)
           wait = max(end - now, 0.0)
           collective.exposed = min(wait, collective.seconds)
           if collective.kind == _HOST:
@@ -273,6 +279,8 @@ class _Walker:
       elif inside is not None or kind in _KINDS:
         kind = kind if kind in _KINDS else inside.operation.removesuffix("-start")
         collective = self._collective(i, kind, inside or i, shapes)
+        if i.name.startswith(_START):
+          chain[i.name] = i.name
         out.collectives.append(collective)
         out.network += collective.seconds
         if collective.asynchronous:
@@ -286,7 +294,12 @@ class _Walker:
           out.compute += cycles
           out.exposed += collective.exposed
           now += max(collective.seconds, cycles)
+      elif i.operation == "get-tuple-element" and i.operands and i.operands[0] in chain:
+        chain[i.name] = chain[i.operands[0]]
       elif i.operation not in _NOTHING and not i.operation.endswith("-start"):
+        handed = next((chain[o] for o in i.operands if o in chain), None) if i.operation == "fusion" else None
+        if handed:
+          chain[i.name] = handed
         seconds, memory = self._operation(i, shapes)
         out.memory += seconds if memory else 0.0
         out.compute += 0.0 if memory else seconds
@@ -311,6 +324,8 @@ class _Walker:
   def _collective_within(self, i: Instruction) -> Instruction | None:
     """The collective that a fusion or an asynchronous call wraps."""
     attribute = _CALLED.get(i.operation)
+    if i.operation == "fusion" and (i.called("calls") or "").startswith(_STEP):
+      return None  # a matmul that a transfer goes on beside
     for inner in self.program.computations.get(attribute and i.called(attribute) or "", []):
       if inner.operation.removesuffix("-start") in _KINDS:
         return inner
@@ -320,6 +335,10 @@ class _Walker:
     axes, members = group_of(inner.rest, self.sizes)
     operand = sum(shapes[o].bytes for o in i.operands if o in shapes)
     result = i.bytes
+    if i.name.startswith(_START):
+      within = {p.name: p for p in self.program.computations[i.called("calls")]}
+      moved = moved_bytes(kind, inner.bytes, members, sum(within[o].bytes for o in inner.operands if o in within))
+      return Collective(kind, axes, moved, 1, True, moved / self._rate(axes), 0.0, inner.source or i.source)
     if i.operation in ("call-start", "custom-call-start"):  # the shapes stand within
       within = self.program.computations[i.called(_CALLED[i.operation])]
       operand = max(p.bytes for p in within if p.operation == "parameter")
@@ -329,10 +348,8 @@ class _Walker:
       kind = "reduce-scatter"
     if i.operation.endswith("-start"):  # (operands, results, ...)
       result = max(result - operand, 0.0)
-      if kind == "ragged-all-to-all":
-        operand = shapes[i.operands[0]].bytes if i.operands and i.operands[0] in shapes else result
-    elif kind == "ragged-all-to-all":
-      operand = shapes[i.operands[0]].bytes if i.operands[0] in shapes else result
+    if kind == "ragged-all-to-all" and i.operands:  # (rows, buffer, ...): no more than either holds
+      operand = min((shapes[o].bytes for o in i.operands[:2] if o in shapes), default=result)
     moved = moved_bytes(kind, result, members, operand)
     seconds = moved / self._rate(axes)
     return Collective(kind, axes, moved, 1, i.operation.endswith("-start"), seconds, 0.0, inner.source or i.source)

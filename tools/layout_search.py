@@ -88,8 +88,9 @@ def estimate(run: config.Run, chip: hardware.Chip) -> Estimate:
 
   Memory: parameters, two moments and a gradient in float32 as they are split; the weights of two layers gathered and one
   layer's gradient in the compute dtype; what remat keeps of each layer; what one layer holds at once. Time: matmuls at
-  `EFFICIENCY` of the peak, or the weights' transfers where these take longer; the experts' exchange less what the other
-  chunks hide; reductions between copies and all that goes over tensor and context, which nothing hides.
+  `EFFICIENCY` of the peak and the traffic between them, or the weights' transfers where these take longer; the experts'
+  exchange less what the other chunks hide; reductions between copies and all that goes over tensor and context, which
+  nothing hides.
   """
   m, mesh, s = run.model, run.mesh, sizes_lib.sizes(run.model)
   a, e, top_k = m.attention, m.experts, m.router.top_k
@@ -116,9 +117,12 @@ def estimate(run: config.Run, chip: hardware.Chip) -> Estimate:
   forward = sizes_lib.flops_per_token(m, run.data.sequence_tokens) / 3 * tokens / mesh.tensor
   again = {"none": 0.0, "attention": 0.7, "offload": 1.0, "full": 1.0}[m.remat]
   compute = forward * (3 + again) / (chip.flops * EFFICIENCY)
+  # Reads and writes: what is between the matmuls twice, the rows on their way to the experts and back often.
+  passes = 2 + again
+  traffic = 2 * (2 * (widths + 6 * m.d_model + 3 * rows * hidden) + 24 * rows * m.d_model) * m.num_layers * tokens
+  compute += passes * traffic / chip.hbm
   away = lambda n: (n - 1) / n
   weights = (2 + 1) * 2 * (dense + routed) * away(gathered) / chip.links
-  passes = 2 + again
   exchanged = passes * 2 * m.num_moe_layers * 2 * tokens * top_k * m.d_model * away(mesh.expert) / chip.links
   tensor = passes * m.num_layers * 2 * tokens * m.d_model * 4 * away(mesh.tensor) / chip.links
   tensor += passes * m.num_moe_layers * 2 * 2 * tokens * top_k * m.d_model * away(mesh.tensor) / chip.links

@@ -1,6 +1,7 @@
 """Chooses `Experts.overlap_degree`: the schedule model of FSMoE (arXiv 2501.10714, sections 3.3 to 3.5) for one MoE layer.
 
     python -m tools.overlap --gin_file=configs/run/qwen3_30b_a3b_v5p_16.gin      # from the vendor's link and matmul rates
+    python -m tools.overlap --gin_file=... --compile                  # and what the compiled schedules hide at each degree
 
 A layer cut into r chunks issues, between slow links: dispatch 1..r, a piece of the gradients' reduction, combine 1..r; between
 near ones: all-gather 1..r, reduce-scatter 1..r; and the experts' matmuls. An operation on a chunk takes alpha + n / r x beta
@@ -17,6 +18,8 @@ import sys
 from typing import NamedTuple
 
 import numpy as np
+
+DEGREES = (1, 2, 4, 8)
 
 
 class Line(NamedTuple):
@@ -169,6 +172,7 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   gin_config.add_arguments(parser)
   parser.add_argument("--topology", help="default: the one the run config names")
+  parser.add_argument("--compile", action="store_true", help="compile the step at each degree and read its schedule (libtpu)")
   arguments, rest = parser.parse_known_args()
   try:
     run = gin_config.from_arguments(arguments, rest).run
@@ -180,11 +184,31 @@ def main() -> int:
   layer = from_topology(run, mesh, hardware.CHIPS[topology.split(":")[0]])
   print(f"{topology}: one MoE layer, static estimate in ms (not timed): closed form, FSMoE's order played, early order played")
   for name, part in (("forward", layer), ("backward", layer.backward())):
-    for r in (1, 2, 4, 8):
+    for r in DEGREES:
       times = (seconds(part, r), simulate(part, r), simulate(part, r, early=True))
       print(f"  {name:8s} r = {r}: " + "  ".join(f"{t * 1e3:8.3f}" for t in times))
-    print(f"  {name:8s} best of 1, 2, 4, 8: {best_degree(part, allowed=(1, 2, 4, 8))}")
+    print(f"  {name:8s} best of {DEGREES}: {best_degree(part, allowed=DEGREES)}")
+  if arguments.compile:
+    steps = {r: scheduled(run, topology, r) for r in DEGREES}
+    print("the step compiled at each degree: static estimate, s; experts' exchange exposed of all of it, ms; peak HBM, GB")
+    for r, step in steps.items():
+      exposed, exchange = step["exposed"] * 1e3, step["exchange"] * 1e3
+      print(f"  r = {r}: {step['seconds']:7.3f}  {exposed:7.1f} of {exchange:7.1f}  {step['hbm'] / 1e9:6.2f}")
+    chosen = min(DEGREES, key=lambda r: (seconds(layer, r) + seconds(layer.backward(), r), r))
+    best = min(steps, key=lambda r: steps[r]["seconds"])
+    print(f"  the model's choice for both passes: {chosen}; the best compiled: {best}, {steps[best]['seconds']:.3f} s, against "
+          f"{steps[chosen]['seconds']:.3f} s at the choice")
   return 0
+
+
+def scheduled(run, topology: str, degree: int) -> dict[str, float]:
+  """What the compiled step at an overlap degree comes to: seconds, and seconds of the experts' exchange, all and exposed."""
+  from tools import compile_check
+  experts = dataclasses.replace(run.model.experts, overlap_degree=degree, backward_degree=0)
+  result = compile_check.check(dataclasses.replace(run, model=dataclasses.replace(run.model, experts=experts)), topology)
+  rows = [row for row in result["collectives"] if row["kind"] == "ragged-all-to-all"]
+  return {"seconds": result["step_seconds"]["predicted"], "exchange": sum(row["seconds"] for row in rows),
+          "exposed": sum(row["exposed_seconds"] for row in rows), "hbm": result["hbm"]["peak_bytes"]}
 
 
 if __name__ == "__main__":

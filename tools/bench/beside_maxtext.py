@@ -4,8 +4,8 @@
 
 Runs in MaxText's environment, beside this project's requirements (`pip install maxtext[tpu]==0.2.5 gin-config grain`, with
 Python 3.12), so that both programs meet the same jax and libtpu. Both: sequences of 4096, AdamW with float32 state, bfloat16
-compute, remat full; the third program of a row is ours with `BEST`. Nothing runs on a TPU: memory is the compiler's, seconds are
-a static estimate. One to three minutes a program.
+compute, remat full; the third program of a row is ours with `BEST`. Nothing runs on a TPU: memory is the compiler's, seconds
+are a static estimate. One to three minutes a program.
 """
 
 from __future__ import annotations

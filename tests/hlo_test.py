@@ -83,10 +83,10 @@ ENTRY %main (a: f32[1000]) -> f32[1000] {
   %a = f32[1000]{0} parameter(0)
   %async-collective-start.3 = (f32[1000]{0}, f32[2000]{0}) fusion(%a), kind=kCustom, calls=%begin
   %x.1 = f32[1000]{0} get-tuple-element(%async-collective-start.3), index=0
-  %step.1 = (f32[1000]{0}, f32[2000]{0}) fusion(%a, %x.1), calls=%async_collective_fusion.7, backend_config={"estimated_cycles":"1000"}
-  %x.2 = f32[1000]{0} get-tuple-element(%step.1), index=0
-  %step.2 = (f32[1000]{0}, f32[2000]{0}) fusion(%a, %x.2), calls=%async_collective_fusion.7, backend_config={"estimated_cycles":"1000"}
-  %x.3 = f32[1000]{0} get-tuple-element(%step.2), index=0
+  %s.1 = (f32[1000], f32[2000]) fusion(%a, %x.1), calls=%async_collective_fusion.7, backend_config={"estimated_cycles":"1000"}
+  %x.2 = f32[1000]{0} get-tuple-element(%s.1), index=0
+  %s.2 = (f32[1000], f32[2000]) fusion(%a, %x.2), calls=%async_collective_fusion.7, backend_config={"estimated_cycles":"1000"}
+  %x.3 = f32[1000]{0} get-tuple-element(%s.2), index=0
   %async-collective-done.3 = f32[2000]{0} fusion(%x.3), kind=kCustom, calls=%finish
   %rows = f32[3000]{0} fusion(%a), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"0"}
   %exchange = f32[1000]{0} ragged-all-to-all(%rows, %a, %o), replica_groups={{0,2},{1,3},{4,6},{5,7}}

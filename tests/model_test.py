@@ -171,7 +171,7 @@ def test_scanned_equals_unrolled(name):
   np.testing.assert_allclose(*logits, atol=4e-6)  # of up to 7, in float32
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "attention"])
+@pytest.mark.parametrize("remat", ["full", "offload", "dots", "attention"])
 def test_remat_changes_no_gradient(remat):
   model, batch = small.model(), small.batch()
   transformer, params = init(model)

@@ -46,7 +46,10 @@ _GPU_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A1
 _SPARSE_CORE_COLLECTIVES = {
     **{f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true"
        for kind in ("all_gather", "2d_all_gather", "3d_all_gather", "reduce_scatter", "nd_reduce_scatter", "all_reduce")},
-    "xla_tpu_use_tc_device_shape_on_sc": "true", "xla_sc_disable_megacore_partitioning": "true"}
+    "xla_tpu_use_tc_device_shape_on_sc": "true", "xla_sc_disable_megacore_partitioning": "true",
+    # No matmul in pieces, one for each part of a gathered weight, with float32 sums in HBM between them: the gather is hidden
+    # anyway.
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "100000"}
 
 
 def compiler_options(device_kind: str) -> dict[str, str]:

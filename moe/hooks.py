@@ -1,4 +1,4 @@
-"""Points of the expert layer where a caller may look at, or change, what passes: FSMoE's six (arXiv 2501.10714, section 3.1).
+"""Points of the expert layer where a caller may look at, or change, what passes: FSMoE's six (arXiv 2501.10714).
 
     with hooks.installed(before_dispatch=lambda rows: rows.astype(jnp.float8_e4m3fn).astype(rows.dtype)):
       step(...)                    # traced here: hooks are part of the program, and a program traced before has none

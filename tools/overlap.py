@@ -189,11 +189,12 @@ def main() -> int:
       print(f"  {name:8s} r = {r}: " + "  ".join(f"{t * 1e3:8.3f}" for t in times))
     print(f"  {name:8s} best of {DEGREES}: {best_degree(part, allowed=DEGREES)}")
   if arguments.compile:
-    steps = {r: scheduled(run, topology, r) for r in DEGREES}
     print("the step compiled at each degree: static estimate, s; experts' exchange exposed of all of it, ms; peak HBM, GB")
-    for r, step in steps.items():
+    steps = {}
+    for r in DEGREES:
+      step = steps[r] = scheduled(run, topology, r)
       exposed, exchange = step["exposed"] * 1e3, step["exchange"] * 1e3
-      print(f"  r = {r}: {step['seconds']:7.3f}  {exposed:7.1f} of {exchange:7.1f}  {step['hbm'] / 1e9:6.2f}")
+      print(f"  r = {r}: {step['seconds']:7.3f}  {exposed:7.1f} of {exchange:7.1f}  {step['hbm'] / 1e9:6.2f}", flush=True)
     chosen = min(DEGREES, key=lambda r: (seconds(layer, r) + seconds(layer.backward(), r), r))
     best = min(steps, key=lambda r: steps[r]["seconds"])
     print(f"  the model's choice for both passes: {chosen}; the best compiled: {best}, {steps[best]['seconds']:.3f} s, against "

@@ -74,7 +74,7 @@ WIDE = {"remat": "full", "d_model": 1024, "attention": {"num_heads": 8, "num_kv_
 
 
 def walked(topology, mesh, **changes):
-  run, program = compiled(topology, mesh, data={"sequence_tokens": 1024}, **changes)
+  run, program = compiled(topology, mesh, data={"sequence_tokens": 4096}, **changes)
   sizes = dict(sharding.make_mesh(run.mesh, topologies.get_topology_desc(topology, platform="tpu").devices).shape)
   return hlo.walk(hlo.parse(program.as_text()), hardware.CHIPS[topology.split(":")[0]], sizes)
 
@@ -82,7 +82,7 @@ def walked(topology, mesh, **changes):
 @pytest.mark.parametrize("topology", ["v6e:2x4", "v5p:2x2x2"])
 def test_collectives_run_beside_the_matmuls(topology):
   """Where there are SparseCores: weights are gathered and their gradients reduce-scattered asynchronously, and no expert
-  matrix is all-reduced. Without the options, the control, next to nothing is asynchronous."""
+  matrix is all-reduced. Without the options, the control, little is asynchronous but the pieces of windowed matmuls."""
   matrix = 2 * 4 * 1024 * 4096 * 4  # bytes of one kind of the experts' gradients in bfloat16, all layers
   for offload in (True, False):
     walk = walked(topology, {"fsdp": 8}, model=WIDE, train={"offload_collectives": offload})
@@ -91,9 +91,10 @@ def test_collectives_run_beside_the_matmuls(topology):
     assert walk.unknown_trips == 0
     if offload:
       assert moved["all-reduce"] < 0.05 * matrix and moved["reduce-scatter"] > 3 * matrix * 7 / 8
-      assert started > 0.9 and hlo.overlapped_share(walk.collectives) > 0.5
+      assert started > 0.9 and hlo.overlapped_share(walk.collectives) > 0.9
+      assert "collective-permute" not in {c.kind for c in walk.collectives}  # no matmul cut into pieces
     else:
-      assert started < 0.2
+      assert started < 0.3
 
 
 def matmuls_beside(program, kind):

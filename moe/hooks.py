@@ -5,7 +5,8 @@
 
     before_layer -> (before_dispatch -> after_dispatch -> experts -> before_combine -> after_combine) x chunks -> after_layer
 
-A function gets an array and returns one of the same shape and dtype (tokens or rows x D), or None to leave it as it is.
+SoftMoE, whose experts get mixtures and no tokens, has none of them. A function gets an array and returns one of the same
+shape and dtype (tokens or rows x D), or None to leave it as it is.
 """
 
 from __future__ import annotations

@@ -61,17 +61,19 @@ def applied(run: config.Run, layout: Layout, slices: int = 1) -> config.Run:
 
 def layouts(run: config.Run, devices: int, slices: int = 1) -> list[Layout]:
   """Every legal layout on `devices` devices of one slice."""
-  found = []
+  return [layout for layout, _ in _legal(run, devices, slices)]
+
+
+def _legal(run: config.Run, devices: int, slices: int):
+  """(layout, the run with it) of every legal one."""
   for mesh in _factorisations(devices, len(AXES)):
     degrees = (1, 2, 4) if mesh[AXES.index("expert")] > 1 else (1,)
     for remat, micro, degree in itertools.product(REMATS, (1, 2, 4, 8), degrees):
       layout = Layout(mesh, remat, micro, degree)
       try:
-        applied(run, layout, slices)
+        yield layout, applied(run, layout, slices)
       except config.ConfigError:
         continue
-      found.append(layout)
-  return found
 
 
 def _factorisations(n: int, count: int):
@@ -138,7 +140,7 @@ def estimate(run: config.Run, chip: hardware.Chip) -> Estimate:
 
 def ranked(run: config.Run, devices: int, slices: int, chip: hardware.Chip) -> list[tuple[Layout, Estimate]]:
   """All legal layouts: those that fit by the closed form first, the quickest first."""
-  found = [(layout, estimate(applied(run, layout, slices), chip)) for layout in layouts(run, devices, slices)]
+  found = [(layout, estimate(changed, chip)) for layout, changed in _legal(run, devices, slices)]
   return sorted(found, key=lambda item: (item[1].hbm > chip.hbm_bytes, item[1].seconds, item[1].hbm))
 
 

@@ -55,14 +55,9 @@ def peer(row: Row) -> dict:
 def ours(row: Row, changes: dict[str, str]) -> dict:
   values = {"Model.remat": '"full"', "Data.sequence_tokens": 4096, "Data.batch_sequences": row.sequences * row.devices,
             "Train.steps": 1000, **{f"Mesh.{axis}": n for axis, n in row.mesh.items()}, **changes}
-  lines = [*(f'include "{ROOT}/configs/{name}.gin"' for name in ("base", f"size/{row.size}", "data/embedded")),
-           *(f"{name} = {value}" for name, value in values.items())]
-  path = ROOT / ".beside_maxtext.gin"
-  path.write_text("\n".join(lines) + "\n")
-  try:
-    done = _run(["-m", "tools.compile_check", f"--gin_file={path}", f"--topology={row.topology}", "--json"])
-  finally:
-    path.unlink()
+  files = [f"--gin_file=configs/{name}.gin" for name in ("base", f"size/{row.size}", "data/embedded")]
+  done = _run(["-m", "tools.compile_check", *files, *(f"--gin.{name}={value}" for name, value in values.items()),
+               f"--topology={row.topology}", "--json"])
   found = [line for line in done.stdout.splitlines() if line.startswith("{")]
   return json.loads(found[0]) if found else _problem(done)
 

@@ -65,9 +65,18 @@ def _leaf_digest(x: jax.Array) -> jax.Array:
 
 def digests(tree: Any) -> dict[str, str]:
   """Leaf name -> 16 hex digits, the same on every host and for every sharding."""
+  return finish_digests(start_digests(tree))
+
+
+def start_digests(tree: Any) -> Any:
+  """Starts them on the devices; the tree may be donated afterwards."""
   meshes = [x.sharding.mesh for x in jax.tree.leaves(tree) if isinstance(x.sharding, jax.NamedSharding)]
   everywhere = jax.NamedSharding(meshes[0], jax.P()) if meshes else None  # every host reads every digest
-  leaves = jax.tree_util.tree_leaves_with_path(_digest_program(everywhere)(tree))
+  return _digest_program(everywhere)(tree)
+
+
+def finish_digests(started: Any) -> dict[str, str]:
+  leaves = jax.tree_util.tree_leaves_with_path(started)
   return {leaf_name(path): "".join(f"{int(word):08x}" for word in np.asarray(value)) for path, value in leaves}
 
 

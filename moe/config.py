@@ -435,6 +435,33 @@ class Checkpoint(_Checked):
 
 
 @_dataclass
+class Snapshot(_Checked):
+  """Snapshots in the hosts' memory; in force under `--supervise` only (docs/faults.md)."""
+
+  every_steps: int = 10  # 0: none
+  group_hosts: int = 8  # hosts that share parity
+  parity_hosts: int = 1  # of a group, that may be lost: 0, 1 (XOR) or 2 (Reed-Solomon)
+  slots: int = 2  # 1 takes half the memory, and a kill during a copy falls back to the checkpoints
+  check_share: float = 0.01  # of the parity that is decoded after each snapshot
+  memory_share: float = 0.9  # of what the host has left, that snapshots may take
+  stuck_seconds: float = 60.0  # without a step, after which a trainer is killed (or 3 x the 99th percentile of its steps)
+  compile_seconds: float = 1800.0  # the same before the first step, and in evaluations and saves
+  same_failures: int = 2  # at one step, after which the job stops with a diagnosis
+
+  def check(self):
+    _at_least(self, 0, "every_steps", "parity_hosts")
+    _at_least(self, 1, "group_hosts", "slots", "same_failures")
+    if self.parity_hosts > 2 or self.slots > 2:
+      raise ConfigError(f"Snapshot.parity_hosts = {self.parity_hosts} and Snapshot.slots = {self.slots} are at most 2")
+    for name in ("check_share", "memory_share"):
+      if not 0 <= getattr(self, name) <= 1:
+        raise ConfigError(f"Snapshot.{name} = {getattr(self, name)} must be in [0, 1]")
+    for name in ("stuck_seconds", "compile_seconds"):
+      if getattr(self, name) <= 0:
+        raise ConfigError(f"Snapshot.{name} = {getattr(self, name)} must be positive")
+
+
+@_dataclass
 class Train(_Checked):
   steps: int
   micro_batches: int = 1  # gradient accumulation: the batch of a step goes through the model in this many parts
@@ -460,6 +487,7 @@ class Run(_Checked):
   optimizer: Optimizer = Optimizer()
   mesh: Mesh = Mesh()
   checkpoint: Checkpoint = Checkpoint()
+  snapshot: Snapshot = Snapshot()
 
   def check(self):
     if self.data.batch_sequences % self.train.micro_batches:

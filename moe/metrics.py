@@ -7,12 +7,10 @@ and the later record counts. `events.jsonl` holds what happened: start, restore,
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 import time
 from typing import Any
-from collections.abc import Iterator
 
 from etils import epath
 import numpy as np
@@ -21,42 +19,7 @@ from rich import live as rich_live
 from rich import text as rich_text
 import tensorboardX
 
-
-def read_jsonl(path) -> Iterator[dict[str, Any]]:
-  """The records of a JSONL file and of its parts; a last line cut short by a kill is passed over."""
-  path = epath.Path(path)
-  for part in [path] if path.exists() else sorted(path.parent.glob(f"{path.stem}-*.jsonl")):
-    for line in part.read_text().splitlines():
-      with contextlib.suppress(ValueError):
-        yield json.loads(line)
-
-
-class JsonlWriter:
-  """Appends records. Object stores cannot append, so there each flush becomes a numbered part."""
-
-  def __init__(self, path: epath.Path):
-    self._path = path
-    self._local = "://" not in str(path)
-    self._pending: list[str] = []
-    if self._local and path.exists() and not ("\n" + path.read_text()).endswith("\n"):
-      self._pending.append("")  # a kill cut the last line; end it
-
-  def write(self, record: dict[str, Any]) -> None:
-    self._pending.append(json.dumps(record))
-    if self._local or len(self._pending) >= 100:
-      self.flush()
-
-  def flush(self) -> None:
-    if not self._pending:
-      return
-    text = "\n".join(self._pending) + "\n"
-    self._pending = []
-    if self._local:
-      with self._path.open("a") as file:
-        file.write(text)
-    else:
-      part = self._path.parent / f"{self._path.stem}-{time.time_ns():020}.jsonl"
-      part.write_text(text)
+from moe import jsonl
 
 
 class Recorder:
@@ -66,8 +29,8 @@ class Recorder:
     """`active`: False on all hosts but the first, which then write nothing."""
     self._active = active
     if active:
-      self._metrics = JsonlWriter(run_dir / "metrics.jsonl")
-      self._events = JsonlWriter(run_dir / "events.jsonl")
+      self._metrics = jsonl.Writer(run_dir / "metrics.jsonl")
+      self._events = jsonl.Writer(run_dir / "events.jsonl")
       self._board = tensorboardX.SummaryWriter(str(run_dir / "tb")) if "://" not in str(run_dir) else None
     self.terminal = Terminal(active)
 

@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-from moe import metrics  # noqa: E402
+from moe import jsonl  # noqa: E402
 from moe.routing import analysis  # noqa: E402
 
 _SNAPSHOTS = 4  # points in time of the load heatmap
@@ -33,7 +33,7 @@ def read(run_dir) -> dict[str, list[dict]]:
     ReportError
   """
   by_kind: dict[str, dict[int, dict]] = collections.defaultdict(dict)
-  for record in metrics.read_jsonl(epath.Path(run_dir) / "metrics.jsonl"):
+  for record in jsonl.read(epath.Path(run_dir) / "metrics.jsonl"):
     by_kind[record["kind"]][record["step"]] = record
   if not by_kind.get("train"):
     raise ReportError(f"{run_dir} has no training records (metrics.jsonl); give the --run_dir of a run")

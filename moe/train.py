@@ -5,9 +5,15 @@ Read `train` from top to bottom; nothing imports this file.
 
 from __future__ import annotations
 
+import sys
+
 from moe import hardware
 
 if __name__ == "__main__":
+  if "--supervise" in sys.argv:
+    from moe.snapshot import supervisor
+
+    sys.exit(supervisor.main())
   hardware.use_huge_pages()  # starts the program again, so before the imports that take seconds
 
 # ruff: noqa: E402
@@ -19,8 +25,8 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
+import traceback
 
 from etils import epath
 import jax
@@ -28,6 +34,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from moe import checkpoint as checkpoint_lib
+from moe import command_line
 from moe import config
 from moe import evaluate
 from moe import experts
@@ -44,23 +51,10 @@ from moe.data import tokenizers
 from moe.data.records import DataError
 from moe.kernels import plan as kernel_plan
 from moe.routing import analysis
+from moe.snapshot import client as snapshot_client
 
 OK, USAGE, DATA, CHECKPOINT, NUMERICS, CRASH, PREEMPTED = 0, 2, 3, 4, 5, 13, 143
 _MAX_BAD_STEPS = 20  # consecutive steps without a finite loss before giving up
-
-_KNOBS = """
-the main knobs (any field of moe/config.py can be set; --print_config shows all):
-  --gin.Train.steps=600                 optimizer steps
-  --gin.Data.batch_sequences=16         sequences of a step, --gin.Data.sequence_tokens=256 their length
-  --gin.Train.micro_batches=1           gradient accumulation
-  --gin.Optimizer.learning_rate=3e-3    peak; .schedule='"cosine"' or '"wsd"', .warmup_tokens, .decay_tokens
-  --gin.Experts.num_experts=8           .d_expert, .d_shared, .capacity_factor (0: dropless)
-  --gin.Router.top_k=2                  .gate='"softmax"' .balance_scope='"global"' .balance_coef .z_loss_coef .bias_update_rate
-  --gin_file=configs/router/rmoe.gin    after the run's file: another router (docs/routing.md)
-  --gin.Mesh.expert=4                   .data .fsdp .tensor; their product is the number of devices
-  --gin.Checkpoint.every_steps=200      .keep_last .keep_every_steps
-"""
-
 
 class Preempted(Exception):
   """SIGTERM arrived and the state is saved."""
@@ -70,30 +64,13 @@ class NumericsError(Exception):
   """The loss is not finite and does not recover."""
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-  parser = argparse.ArgumentParser(prog="python -m moe.train", description=__doc__.splitlines()[0], epilog=_KNOBS,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-  gin_config.add_arguments(parser)
-  parser.add_argument("--run_dir", help="where the run is kept (default: runs/<date-time>)")
-  parser.add_argument("--resume", choices=("auto", "never", "must"), default="auto",
-                      help="from the newest checkpoint of --run_dir: if there is one, never, or it must be there")
-  parser.add_argument("--init_from", metavar="PATH", help="run or checkpoint to take the parameters from, nothing else")
-  parser.add_argument("--profile_steps", metavar="A:B", help="trace steps A to B with jax.profiler into <run_dir>/profile")
-  parser.add_argument("--multihost", nargs="?", const="auto", metavar="ADDRESS:PORT,HOSTS,INDEX",
-                      help="join the other hosts; without a value JAX asks the cluster (TPU pods, Slurm, ...)")
-  parser.add_argument("--print_config", action="store_true", help="print the resolved config and stop")
-  parser.add_argument("--dry_run", action="store_true", help="check config, mesh and data, print the sizes, and stop")
-  parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
-  return parser.parse_known_args(argv)
-
-
 def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
   """One run, from the resolved config to the report."""
-  run, clock = resolved.run, metrics_lib.Goodput()
+  run, clock, snapshots = resolved.run, metrics_lib.Goodput(), snapshot_client.Snapshots()
 
   # ------------------------------------------------------------------------------------------------ devices and mesh
   if arguments.multihost:
-    jax.distributed.initialize(*_hosts(arguments.multihost))
+    jax.distributed.initialize(*command_line.hosts(arguments.multihost))
   first_host = jax.process_index() == 0
   mesh = sharding.make_mesh(run.mesh)
   sharding.check_run(run, mesh)
@@ -119,6 +96,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
   recorder.terminal.say(_summary(run, mesh, f"run {run_dir}"))
   for note in resolved.notes:
     recorder.terminal.say(f"note: {note}")
+  snapshots.watch(run_dir)
   hardware.use_compile_cache()
 
   peak, peak_source = hardware.peak_flops(list(mesh.devices.flat))  # before set_mesh: it uses the devices one by one
@@ -126,11 +104,11 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
   with jax.set_mesh(mesh), saver:
     # -------------------------------------------------------------------------------------------------- state, restored
     abstract = step_lib.abstract_state(run, mesh)
+    for line in snapshots.attach(abstract, run):
+      recorder.terminal.say(line)
     with clock.measure("restore"):
-      restored = saver.restore(abstract, run)
+      restored = _restore(snapshots, saver, abstract, run, recorder)
     if restored is not None:
-      for problem in restored.skipped:
-        recorder.alarm(problem)
       state, start = restored.state, restored.step
       loader.restore(restored.data)
       recorder.terminal.say(f"resumed at step {start}, every leaf equal to what was saved")
@@ -141,6 +119,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
         source_step, params = checkpoint_lib.restore_params(arguments.init_from, abstract.params)
         state = step_lib.TrainState(state.step, params, state.opt_state, state.guard)
         recorder.terminal.say(f"parameters from {arguments.init_from} (step {source_step})")
+    snapshots.warm(state)
     recorder.event("start", step=start, devices=len(mesh.devices.flat), hosts=jax.process_count())
 
     # ------------------------------------------------------------------------------------------------------- programs
@@ -152,6 +131,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
     watch = analysis.CollapseWatch(run.model.router.top_k)
 
     def save(step: int) -> None:
+      snapshots.beat("save", step)
       with clock.measure("save"):
         data = pipeline.merge_states(_gather(loader.state()))
         problems = saver.save(step, state, data, run, resolved.operative)
@@ -160,6 +140,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
       recorder.event("save", step=step)
 
     def evaluate_all(step: int, limit: int | None) -> dict[str, dict]:
+      snapshots.beat("evaluate", step)
       with clock.measure("evaluate"):
         results = {d.name: evaluate.evaluate_domain(run, mesh, eval_step, state.params, d, tokenizer,
                                                     limit_batches=limit) for d in run.data.domains}
@@ -176,6 +157,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
     # ------------------------------------------------------------------------------------------------------------ loop
     window_start, window_step = time.monotonic(), start
     for step in range(start, run.train.steps):
+      snapshots.beat("compile" if step == start else "step", step)
       if profile and step == profile[0]:
         jax.profiler.start_trace(str(run_dir / "profile"))
       with clock.measure("data"):
@@ -224,7 +206,11 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
       if profile and done == profile[1]:
         jax.block_until_ready(values)
         jax.profiler.stop_trace()
-      if preemption.reached(done):
+      preempted = preemption.reached(done)
+      with clock.measure("snapshot"):
+        for name, fields in snapshots.take(done, state, loader.state, due=preempted):
+          recorder.event(name, step=done, **fields)
+      if preempted:
         save(done)
         for problem in saver.wait():
           recorder.alarm(problem)
@@ -263,16 +249,6 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
 # ------------------------------------------------------------------------------------------------------- preparation
 
 
-def _hosts(text: str) -> tuple:
-  """The arguments of jax.distributed.initialize: none for `auto`, else (address, hosts, index)."""
-  if text == "auto":
-    return ()
-  parts = text.split(",")
-  if len(parts) != 3 or not (parts[1].isdigit() and parts[2].isdigit() and int(parts[2]) < int(parts[1])):
-    raise ConfigError(f"--multihost={text} is not ADDRESS:PORT,HOSTS,INDEX with INDEX < HOSTS, such as 10.0.0.1:8476,2,0")
-  return parts[0], int(parts[1]), int(parts[2])
-
-
 def _profile_window(text: str | None) -> tuple[int, int] | None:
   if text is None:
     return None
@@ -290,6 +266,19 @@ def _run_dir(given: str | None) -> epath.Path:
   except OSError as error:
     raise ConfigError(f"--run_dir={path} cannot be made: {error.strerror}") from error
   return path
+
+
+def _restore(snapshots, saver, abstract, run: config.Run, recorder):
+  """The newest state that equals what was saved, from the hosts' memory or from the checkpoints; None where there is none."""
+  if snapshots.offered_step() > max(saver.steps(), default=-1):
+    try:
+      return snapshots.restore(abstract)
+    except checkpoint_lib.CheckpointError as error:
+      recorder.alarm(f"memory tier refused: {error}; the checkpoints are next")
+  restored = saver.restore(abstract, run)
+  for problem in restored.skipped if restored else []:
+    recorder.alarm(problem)
+  return restored
 
 
 def _check_resume(mode: str, run_dir: epath.Path, saver: checkpoint_lib.Checkpointer) -> None:
@@ -415,14 +404,15 @@ def main(argv: list[str] | None = None) -> int:
   """Returns the exit code; every user's error is one line."""
   logging.getLogger("absl").setLevel(logging.CRITICAL)
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # TensorStore's writers, after a failed save
-  arguments, rest = parse(sys.argv[1:] if argv is None else argv)
+  arguments, rest = command_line.parse(sys.argv[1:] if argv is None else argv)
+  supervised = command_line.SUPERVISED in os.environ
   try:
     resolved = gin_config.from_arguments(arguments, rest)
     if arguments.print_config:
       print(resolved.operative)
       return OK
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-      hosts = (_hosts(arguments.multihost or "auto") or (None, 1))[1]
+      hosts = (command_line.hosts(arguments.multihost or "auto") or (None, 1))[1]
       jax.config.update("jax_num_cpu_devices", max(hardware.cpu_devices(resolved.run.mesh) // hosts, 1))
     train(arguments, resolved)
     return OK
@@ -430,7 +420,17 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.traceback:
       raise
     print(f"{_CODES[type(error)][1]}: {error}", file=sys.stderr)
-    return _CODES[type(error)][0]
+    code = _CODES[type(error)][0]
+  except Exception:
+    if not supervised:
+      raise
+    traceback.print_exc()
+    code = CRASH
+  if supervised:  # jax's way out waits minutes for the other hosts, which wait for this one
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  return code
 
 
 _CODES = {
@@ -441,6 +441,8 @@ _CODES = {
 
 def console() -> None:
   """The program: `moe-train`, or `python -m moe.train`."""
+  if "--supervise" in sys.argv:  # a process without JAX, which this one has loaded
+    os.execv(sys.executable, [sys.executable, "-m", "moe.train", *sys.argv[1:]])
   hardware.use_huge_pages()
   sys.exit(main())
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moe import gin_config
-from moe import metrics
+from moe import jsonl
 from moe.data import embedded
 from moe.data import records
 
@@ -57,7 +57,7 @@ def finish(arguments, expected=0, timeout=300):
 def losses(run_dir) -> dict[int, float]:
   """Loss by step; a step that stands twice must have the same value both times, to the bit."""
   found = {}
-  for record in metrics.read_jsonl(pathlib.Path(run_dir) / "metrics.jsonl"):
+  for record in jsonl.read(pathlib.Path(run_dir) / "metrics.jsonl"):
     if record["kind"] == "train":
       assert found.setdefault(record["step"], record["loss"]) == record["loss"], record["step"]
   return found
@@ -105,7 +105,7 @@ def test_routing_is_in_the_terminal_the_records_and_the_report(straight):
   run_dir, text = straight
   table = text[text.index("max/mean load  experts in use") :].splitlines()[1:3]
   assert [line.split()[0] for line in table] == ["0", "1"] and all(len(line.split()) == 6 for line in table)
-  records = {record["kind"]: record for record in metrics.read_jsonl(run_dir / "metrics.jsonl")}
+  records = {record["kind"]: record for record in jsonl.read(run_dir / "metrics.jsonl")}
   train, score = records["train"], records["eval/tiny"]
   assert {"balance", "router_entropy", "top_k_weight", "router_z", "load_max", "dead_experts", "dropped"} <= train.keys()
   assert np.shape(score["expert_counts"]) == (2, 8) and np.shape(score["router_entropy"]) == (2,)

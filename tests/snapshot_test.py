@@ -1,8 +1,10 @@
 """Snapshots without a trainer: the code's arithmetic, the wire, and keepers of several hosts in this process."""
 
+import contextlib
 import itertools
 import json
 import os
+import queue
 import socket
 import struct
 import subprocess
@@ -261,17 +263,22 @@ class Host:
 
   def __init__(self, number: int, folder):
     self.number, (ours, theirs) = number, socket.socketpair()
-    self.control, self.heard = wire.Link(ours, 20), []
+    self.control, self.heard = wire.Link(ours, None), queue.Queue()
+    threading.Thread(target=self._read, daemon=True).start()
     self.path = str(folder / f"keeper-{number}-{time.monotonic_ns()}")
     self.keeper = keeper_lib.Keeper(wire.Link(theirs, None), TOKEN, "127.0.0.1", self.path)
     threading.Thread(target=self.keeper.run, daemon=True).start()
     self.hear("listening")
 
-  def hear(self, *keys):
+  def _read(self):
+    with contextlib.suppress(WireError):
+      while True:
+        self.heard.put(self.control.receive()[0])
+
+  def hear(self, *keys, seconds=20):
     """The next message of the keeper with one of these keys."""
     while True:
-      message, _ = self.control.receive()
-      self.heard.append(message)
+      message = self.heard.get(timeout=seconds)
       if any(key in message for key in keys):
         return message
 
@@ -330,19 +337,27 @@ class Cluster:
     """Messages of the hosts: prepared or skipped."""
     for host in hosts or self.hosts:
       assert host.write(step, self.data[step][host.number])
-    said = [self.outcome(host, step) for host in hosts or self.hosts]
+    said, waiting = {}, list(hosts or self.hosts)
+    while waiting:
+      host = waiting.pop(0)
+      try:
+        message = host.hear("prepared", "skipped", seconds=0.2)
+        if step in message.values():
+          said[host.number] = message
+          continue
+      except queue.Empty:
+        if any("skipped" in m for m in said.values()):  # as the leader does then
+          self.tell({"do": "abandon", "step": step})
+          said[host.number] = {"skipped": step, "reason": "given up"}
+          continue
+      waiting.append(host)
+    said = list(said.values())
     if commit and all("prepared" in s for s in said):
       self.tell({"do": "commit", "step": step})
       deadline = time.monotonic() + 10
       while any(h.keeper.committed != step for h in self.hosts) and time.monotonic() < deadline:
         time.sleep(0.002)
     return said
-
-  @staticmethod
-  def outcome(host, step):
-    while step not in (message := host.hear("prepared", "skipped")).values():
-      pass
-    return message
 
   def tell(self, message):
     for host in self.hosts:

@@ -45,7 +45,8 @@ class Keeper:
     self.copies: list[copies.Copy] = []
     self.layout, self.sizes, self.committed, self.abandoned = "", [], -1, -1
     self.check_share = 0.01
-    self._links: dict[tuple[int, str], Link] = {}
+    self._links: dict[int, Link] = {}  # for questions to other keepers
+    self._asking: dict[int, threading.Lock] = {}
     self._trainer: Link | None = None
     self.listener = wire.Listener(address, 0, token, self._serve_peer, self._admit, tls[0], self._log)
     self._open_socket()
@@ -82,8 +83,7 @@ class Keeper:
         self._forget()
         self.group, self.code = group, code
       for link in self._links.values():
-        link.close()
-      self._links.clear()
+        link.close()  # whoever asks next connects anew
       if fresh:
         self.abandoned = -1
         for copy in self.copies:  # what the last trainer left half done
@@ -290,10 +290,10 @@ class Keeper:
       with self._changed:
         self._current(copy, epoch)
         copy.set_record(copy.header, table)
-        others = [(place, host) for place, host in enumerate(self.group) if host != self.host]
+        others = [place for place, host in enumerate(self.group) if host != self.host]
       failures: list[str] = []
-      senders = [threading.Thread(target=self._send_copy, args=(copy, epoch, place, host, failures), daemon=True)
-                 for place, host in others]
+      senders = [threading.Thread(target=self._send_copy, args=(copy, epoch, table, place, failures), daemon=True)
+                 for place in others]
       for thread in senders:
         thread.start()
       for thread in senders:
@@ -328,27 +328,27 @@ class Keeper:
     if copy.epoch != epoch:
       raise WireError("the step was given up")
 
-  def _send_copy(self, copy: copies.Copy, epoch: int, place: int, host: int, failures: list[str]) -> None:
-    """To one member: header and digests, and the segments whose parity it holds."""
+  def _send_copy(self, copy: copies.Copy, epoch: int, table: np.ndarray, place: int, failures: list[str]) -> None:
+    """To one member: header and digests, and the segments whose parity it holds. Over a connection of its own, so that
+    nothing of a step that was given up is in the way of the next."""
+    host, step, me, sent = self.group[place], copy.step, self._place(), []
     try:
-      link = self._link(host, "stream")
-      me, step, sent = self.group.index(self.host), copy.step, []
-      link.send({"do": "record", "step": step, "after": self.committed, "header": copy.header,
-                 "table": copies.text_of(copy.table), "seal": copy.seal})
-      for segment, stripe in enumerate(self.code.stripes(me)):
-        for row, holder in enumerate(self.code.holders(stripe)):
-          for i in range(copy.shape.chunks if holder == place else 0):
-            if copy.epoch != epoch:
-              raise WireError("the step was given up")
-            data = copy.chunk(segment, i)
-            link.send({"do": "chunk", "step": step, "stripe": stripe, "row": row, "chunk": i,
-                       "fold": parity.fold(data).tobytes().hex()}, data)
-            sent.append(copy.table[segment * copy.shape.chunks + i])
-      answer, _ = link.ask({"do": "done", "step": step})
-      if answer.get("digest") != memory.digest(np.array(sent, np.uint64).tobytes()):
-        raise WireError(f"host {host} holds other bytes of step {step} than were sent")
-    except (WireError, KeyError, ValueError) as error:
-      self._drop_link(host, "stream")
+      with contextlib.closing(self._connect(host)) as link:
+        link.send({"do": "record", "step": step, "after": self.committed, "header": copy.header, "table": copies.text_of(table),
+                   "seal": copies.seal(copy.header, table)})
+        for segment, stripe in enumerate(self.code.stripes(me)):
+          for row, holder in enumerate(self.code.holders(stripe)):
+            for i in range(copy.shape.chunks if holder == place else 0):
+              if copy.epoch != epoch:
+                raise WireError("the step was given up")
+              data = copy.chunk(segment, i)
+              link.send({"do": "chunk", "step": step, "stripe": stripe, "row": row, "chunk": i,
+                         "fold": parity.fold(data).tobytes().hex()}, data)
+              sent.append(table[segment * copy.shape.chunks + i])
+        answer, _ = link.ask({"do": "done", "step": step})
+        if answer.get("digest") != memory.digest(np.array(sent, np.uint64).tobytes()):
+          raise WireError(f"host {host} holds other bytes of step {step} than were sent")
+    except (WireError, KeyError) as error:
       failures.append(f"to host {host}: {error}")
 
   def _decode_some(self, copy: copies.Copy, epoch: int) -> None:
@@ -381,35 +381,35 @@ class Keeper:
       return f"host {hello.get('host')} is not one of ours"
     return None
 
-  def _link(self, host: int, purpose: str) -> Link:
-    with self._changed:
-      link = self._links.get((host, purpose))
-      if link is None:
-        hello = {"role": "keeper", "host": self.host, "generation": self.generation}
-        link = wire.connect(self.peers[host], self._token, hello, self._tls[1])
-        link.busy = threading.Lock()
-        self._links[host, purpose] = link
-      return link
-
-  def _drop_link(self, host: int, purpose: str) -> None:
-    with self._changed:
-      link = self._links.pop((host, purpose), None)
-    if link:
-      link.close()
+  def _connect(self, host: int) -> Link:
+    hello = {"role": "keeper", "host": self.host, "generation": self.generation}
+    if host not in self.peers:
+      raise WireError(f"host {host} is not one of ours")
+    return wire.connect(self.peers[host], self._token, hello, self._tls[1])
 
   def _ask(self, host: int, message: dict) -> tuple[dict, np.ndarray]:
-    """A question to another keeper; the payload is a copy."""
+    """A question to another keeper, over a link that is kept; the payload is a copy."""
     if host == self.host:
       return self._answer_peer(self._place(), message, np.empty(0, np.uint8), [])
+    with self._asking.setdefault(host, threading.Lock()):
+      try:
+        try:
+          return self._asked(host, self._links.pop(host), message)
+        except wire.Refused:
+          raise
+        except (KeyError, WireError):  # none is kept, or it died meanwhile
+          return self._asked(host, self._connect(host), message)
+      except WireError as error:
+        raise WireError(f"host {host}: {error}") from error
+
+  def _asked(self, host: int, link: Link, message: dict) -> tuple[dict, np.ndarray]:
     try:
-      link = self._link(host, "ask")
-      with link.busy:
-        answer, payload = link.ask(message)
-        return answer, payload.copy()
-    except WireError as error:
-      if "refused" not in str(error):
-        self._drop_link(host, "ask")
-      raise WireError(f"host {host}: {error}") from error
+      answer, payload = link.ask(message)
+    except wire.Refused:
+      self._links[host] = link
+      raise
+    self._links[host] = link
+    return answer, payload.copy()
 
   def _place(self) -> int:
     return self.group.index(self.host)
@@ -430,9 +430,9 @@ class Keeper:
         raise WireError(f"a message that makes no sense: {error!r}") from error
       except WireError as error:
         if message.get("do") in ("record", "chunk", "done"):
-          link.send({"refused": f"refused: {error}"})
+          link.send({"refused": str(error)})
           raise
-        answer = {"refused": f"refused: {error}"}, b""
+        answer = {"refused": str(error)}, b""
       if answer is not None:
         link.send(*answer)
 

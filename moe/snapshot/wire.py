@@ -37,6 +37,10 @@ class WireError(Exception):
   """A connection that cannot be used any more: closed, timed out, damaged, of a stranger or of an old generation."""
 
 
+class Refused(WireError):
+  """The other side will not; the connection is good."""
+
+
 class Link:
   """One connection. `send` may be called by several threads, `receive` by one."""
 
@@ -81,11 +85,11 @@ class Link:
     return message, np.frombuffer(payload, np.uint8)
 
   def ask(self, message: dict[str, Any], payload: Any = b"") -> tuple[dict[str, Any], np.ndarray]:
-    """Sends and waits for the answer. Raises WireError also when the answer is a refusal."""
+    """Sends and waits for the answer; raises Refused when it is a refusal."""
     self.send(message, payload)
     answer, data = self.receive()
     if "refused" in answer:
-      raise WireError(answer["refused"])
+      raise Refused(answer["refused"])
     return answer, data
 
   def _read(self, buffer):

@@ -17,7 +17,6 @@ import numpy as np
 from rich import console as rich_console
 from rich import live as rich_live
 from rich import text as rich_text
-import tensorboardX
 
 from moe import jsonl
 
@@ -29,6 +28,8 @@ class Recorder:
     """`active`: False on all hosts but the first, which then write nothing."""
     self._active = active
     if active:
+      import tensorboardX  # takes seconds where torch is installed, and a recovery waits for them
+
       self._metrics = jsonl.Writer(run_dir / "metrics.jsonl")
       self._events = jsonl.Writer(run_dir / "events.jsonl")
       self._board = tensorboardX.SummaryWriter(str(run_dir / "tb")) if "://" not in str(run_dir) else None

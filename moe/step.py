@@ -63,6 +63,7 @@ def _initial(run: config.Run, key: jax.Array) -> TrainState:
   return TrainState(zero, params, optimizer_lib.make(run).init(params), Guard(window, window, zero, zero))
 
 
+@functools.lru_cache(maxsize=4)
 def abstract_state(run: config.Run, mesh) -> TrainState:
   """The state as ShapeDtypeStructs with their shardings; touches no device memory."""
   # The key is made inside: outside it would be computed on the mesh's devices, which may be a topology's.

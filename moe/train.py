@@ -27,6 +27,7 @@ import signal
 import subprocess
 import time
 import traceback
+from typing import NamedTuple
 
 from etils import epath
 import jax
@@ -41,7 +42,6 @@ from moe import experts
 from moe import generate
 from moe import gin_config
 from moe import metrics as metrics_lib
-from moe import report
 from moe import sharding
 from moe import sizes
 from moe import step as step_lib
@@ -156,7 +156,9 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
 
     # ------------------------------------------------------------------------------------------------------------ loop
     window_start, window_step = time.monotonic(), start
-    for step in range(start, run.train.steps):
+    done, replay = start, None  # what a replay is compared with, where one is under way
+    while done < run.train.steps:
+      step = done
       snapshots.beat("compile" if step == start else "step", step)
       if profile and step == profile[0]:
         jax.profiler.start_trace(str(run_dir / "profile"))
@@ -189,12 +191,27 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
           if run.model.router.gate != "soft" and (layers := watch.push(record["expert_counts"])):
             recorder.alarm(f"routing has collapsed in layer(s) {', '.join(map(str, layers))}: few experts take nearly all "
                            "tokens; raise Router.balance_coef, or lower the learning rate", step=at, layers=layers)
-        if bad_steps >= _MAX_BAD_STEPS:
-          recorder.event("failed", step=at)
-          recorder.close()
-          (run_dir / "FAILED").write_text(f"loss not finite up to step {at}\n")
-          raise NumericsError(f"the loss was not finite for {bad_steps} steps up to step {at}; lower "
-                              "Optimizer.learning_rate, or resume from an earlier checkpoint")
+        if bad_steps >= _MAX_BAD_STEPS and replay is None and (found := snapshots.rewound(abstract)):
+          recorder.alarm(f"no finite loss for {bad_steps} steps: back to the snapshot of step {found.step}, for one replay")
+          recorder.event("rewind", step=done, to=found.step)
+          replay = _Replay(done, checkpoint_lib.digests(state))
+          state, done, bad_steps = found.state, found.step, 0
+          loader.restore(found.data)
+          continue
+        if bad_steps >= _MAX_BAD_STEPS or (replay and done >= replay.until):
+          same = replay and checkpoint_lib.digests(state) == replay.fingerprints
+          if replay:
+            recorder.event("replayed", step=done, same=same)
+          if bad_steps >= _MAX_BAD_STEPS or same:
+            recorder.event("failed", step=at)
+            recorder.close()
+            (run_dir / "FAILED").write_text(f"loss not finite up to step {at}\n")
+            raise NumericsError(
+                f"the loss was not finite for {_MAX_BAD_STEPS} steps up to step {at}; "
+                + ("a replay from the last snapshot gave the same bits, so the data or the model is at fault and not the "
+                   "hardware; " if same else "") + "lower Optimizer.learning_rate, or resume from an earlier checkpoint")
+          recorder.alarm(f"the replay up to step {done} came out differently: suspect the hardware; training goes on from it")
+          replay = None
         if done > window_step:
           seconds = (time.monotonic() - window_start) / (done - window_step)
           rate = run.tokens_per_step / seconds
@@ -207,8 +224,8 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
         jax.block_until_ready(values)
         jax.profiler.stop_trace()
       preempted = preemption.reached(done)
-      with clock.measure("snapshot"):
-        for name, fields in snapshots.take(done, state, loader.state, due=preempted):
+      with clock.measure("snapshot"):  # none while the loss is not finite: a rewind should go before that
+        for name, fields in [] if bad_steps else snapshots.take(done, state, loader.state, due=preempted):
           recorder.event(name, step=done, **fields)
       if preempted:
         save(done)
@@ -240,6 +257,8 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
     if jax.process_count() == 1 and not run.model.lookahead:  # else the parameters are spread over hosts: tools.sample
       _say_sample(recorder.terminal, run, state.params, tokenizer)
     recorder.close()
+    from moe import report  # matplotlib: not while a recovery waits
+
     recorder.terminal.say(f"\nreport: {report.write(run_dir)}")
     for stale in ("PREEMPTED", "FAILED"):
       (run_dir / stale).unlink(missing_ok=True)
@@ -335,6 +354,13 @@ def _gate(router: config.Router) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------- loop
+
+
+class _Replay(NamedTuple):
+  """Steps done twice from one snapshot: equal bits blame the data or the model, other bits the hardware."""
+
+  until: int
+  fingerprints: dict[str, str]
 
 
 class _Preemption:

@@ -17,8 +17,9 @@ from moe import jsonl
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Small, but with expert shards that no other host has a replica of, and leaves that are replicated.
 MODEL = {
-    "Train.steps": 30, "Train.log_every_steps": 1, "Train.eval_batches": 1, "Model.num_layers": 2, "Model.d_model": 32,
-    "Attention.head_dim": 16, "Experts.d_expert": 32, "Data.batch_sequences": 8, "Data.sequence_tokens": 64,
+    "Train.steps": 30, "Train.log_every_steps": 1, "Train.eval_batches": 1, "Model.num_layers": 2, "Model.d_model": 48,
+    "Attention.head_dim": 24, "Experts.d_expert": 48, "Experts.num_experts": 12, "Data.batch_sequences": 12,
+    "Data.virtual_shards": 12, "Data.sequence_tokens": 64,
     "Checkpoint.every_steps": 0, "Optimizer.decay_tokens": 2000, "Optimizer.warmup_tokens": 2000, "Train.eval_every_steps": 0,
     "Snapshot.every_steps": 3, "Snapshot.stuck_seconds": 20.0, "Snapshot.compile_seconds": 240.0,
 }
@@ -33,7 +34,8 @@ def free_port() -> int:
 class Job:
   """`hosts` supervisors of one job; killing one kills its host, for its children die with it."""
 
-  def __init__(self, run_dir, hosts: int, changes: dict | None = None, flags=(), trainer: str = "moe.train", environment=None):
+  def __init__(self, run_dir, hosts: int, changes: dict | None = None, flags=(), trainer: str = "tests.fault_trainer",
+               environment=None):
     self.run_dir, self.hosts = pathlib.Path(run_dir), hosts
     self.run_dir.mkdir(parents=True, exist_ok=True)
     self.token = self.run_dir / "token"
@@ -44,19 +46,22 @@ class Job:
     self._arguments = ["--supervise", f"--run_dir={self.run_dir}", "--allow_unused", *flags,
                        *(f"--gin.{key}={value}" for key, value in bindings.items())]
     kept = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    self._environment = {**kept, "JAX_PLATFORMS": "cpu", "MOE_TEST_TRAINER": trainer, **(environment or {})}
+    self._environment = {**kept, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0",
+                         "MOE_TEST_TRAINER": trainer, **(environment or {})}
     self.supervisors: dict[int, subprocess.Popen] = {}
     for host in range(hosts):
       self.start(host)
 
-  def start(self, host: int) -> None:
-    """A host, new or in the place of a lost one."""
+  def start(self, host: int, token=None) -> subprocess.Popen:
+    """A host, new or in the place of a lost one; with a token of its own it is a stranger."""
     place = f"127.0.0.1:{self._port},{self.hosts},{host}"
-    several = [f"--multihost={place}", f"--token_file={self.token}"] if self.hosts > 1 else []
+    several = [f"--multihost={place}", f"--token_file={token or self.token}"] if self.hosts > 1 else []
     with open(self.run_dir / f"log-{host}.txt", "a") as log:
-      self.supervisors[host] = subprocess.Popen(
-          [sys.executable, "-m", "tests.fault_job", *self._arguments, *several], cwd=ROOT, env=self._environment, stdout=log,
-          stderr=log, start_new_session=True)
+      process = subprocess.Popen([sys.executable, "-m", "tests.fault_job", *self._arguments, *several], cwd=ROOT,
+                                 env=self._environment, stdout=log, stderr=log, start_new_session=True)
+    if token is None:
+      self.supervisors[host] = process
+    return process
 
   def child(self, host: int, what: str) -> int | None:
     """Process number of a host's "trainer" or "keeper"; None while there is none."""
@@ -119,7 +124,7 @@ class Job:
     return codes
 
   def logs(self) -> str:
-    return "\n".join(f"--- host {h}\n{(self.run_dir / f'log-{h}.txt').read_text()[-4000:]}" for h in range(self.hosts))
+    return "\n".join(f"--- host {h}\n{(self.run_dir / f'log-{h}.txt').read_text()[-20000:]}" for h in range(self.hosts))
 
   def close(self) -> None:
     for process in self.supervisors.values():

@@ -1,0 +1,291 @@
+"""Whole jobs with faults: supervisors, snapshot processes and trainers as real processes on loopback.
+
+Every row is one of docs/faults.md's table; what goes on afterwards is compared to the bit with a run that nobody disturbed.
+`bash tools/dev.sh faults` runs them all.
+"""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from moe.data import embedded
+from moe.data import records
+from tests import fault_job
+from tests.fault_job import Job
+
+STEPS = 30
+
+
+def fault(what: str, folder=None) -> dict[str, str]:
+  """Environment of tests/fault_trainer.py; with a folder the fault strikes once in the whole job."""
+  return {"MOE_TEST_KILL": what, **({"MOE_TEST_ONCE": str(folder / "once")} if folder else {})}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("corpus") / "tiny"
+  docs = list(records.read_documents(embedded.resolve("embedded:kjv"), "validation"))
+  records.write_domain(folder, {"train": docs[:40], "validation": docs[40:42], "test": docs[42:44]})
+  return {"Data.domains": "(@tiny/Domain(),)", "tiny/Domain.name": '"tiny"', "tiny/Domain.path": f'"{folder}"'}
+
+
+@pytest.fixture
+def job(tmp_path, corpus):
+  """job(hosts, **changes): a started job, ended with the test."""
+  made = []
+
+  def make(hosts, changes=None, name="run", **options):
+    made.append(Job(tmp_path / name, hosts, {**corpus, **(changes or {})}, **options))
+    return made[-1]
+
+  yield make
+  for one in made:
+    one.close()
+
+
+@pytest.fixture(scope="session")
+def control(tmp_path_factory, corpus):
+  """control(hosts, **changes): run directory of the same job, undisturbed."""
+  made = {}
+
+  def make(hosts, changes=None):
+    key = (hosts, json.dumps(changes, sort_keys=True))
+    if key not in made:
+      with Job(tmp_path_factory.mktemp("control"), hosts, {**corpus, **(changes or {})}) as one:
+        one.finish()
+        made[key] = one.run_dir
+    return made[key]
+
+  return make
+
+
+def assert_as_if_nothing_had_happened(found, expected, steps=STEPS):
+  assert fault_job.losses(found.run_dir) == fault_job.losses(expected)
+  assert fault_job.final_digests(found.run_dir, steps) == fault_job.final_digests(expected, steps)
+
+
+def assert_recovered(found, tier, at_least=1):
+  recoveries = found.events("recovery")
+  assert recoveries and recoveries[-1]["tier"] == tier, recoveries
+  if tier != "persistent":
+    assert recoveries[-1]["step"] >= at_least
+    assert found.events("restore")[-1]["step"] == recoveries[-1]["step"]
+
+
+# ------------------------------------------------------------------------------------------------------ trainers die
+
+
+def test_a_killed_trainer_resumes_from_memory(job, control):
+  """Row 1, one host: SIGKILL; the snapshot process is the same one afterwards."""
+  j = job(1, trainer="moe.train")
+  j.wait_for_step(8)
+  keeper = j.child(0, "keeper")
+  assert j.kill(0)
+  j.wait_for(lambda: j.events("restore"))
+  assert j.child(0, "keeper") == keeper
+  j.finish()
+  assert_recovered(j, "memory", 6)
+  assert_as_if_nothing_had_happened(j, control(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_killed_trainer_of_three(job, control, victim):
+  """Rows 1 and 2: any trainer, and process 0, which JAX's coordinator lives in."""
+  changes = {"Mesh.expert": 1, "Mesh.fsdp": 3}
+  j = job(3, changes)
+  j.wait_for_step(8)
+  assert j.kill(victim)
+  j.finish()
+  assert_recovered(j, "memory", 6)
+  assert_as_if_nothing_had_happened(j, control(3, changes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["digest", "copy", "ready", "restore", "save"])
+def test_a_kill_in_every_phase(job, control, phase, tmp_path):
+  """Row 1: the trainer kills itself inside the phase, once."""
+  j = job(2, environment=fault(f"{phase}:9", tmp_path),
+          changes={"Checkpoint.every_steps": 9})
+  j.finish()
+  assert len(j.events("failure")) == (2 if phase == "restore" else 1) and "signal 9" in j.events("failure")[0]["kind"]
+  assert_as_if_nothing_had_happened(j, control(2, {"Checkpoint.every_steps": 9}))
+
+
+@pytest.mark.slow
+def test_an_exception_ends_the_job_at_once(job):
+  """Row 3: all trainers are gone in a second, not in the five minutes of JAX's barrier; the same one twice ends the job."""
+  j = job(2, environment=fault("exception:7"))
+  j.wait_for(lambda: j.events("failure"))
+  begin = time.monotonic()
+  j.finish(13)
+  failures = j.events("failure")
+  assert [f["step"] for f in failures] == [7, 7] and all("exit" in f["kind"] for f in failures)
+  assert j.events("stopped") and "ValueError: thrown at step 7" in j.logs()
+  assert time.monotonic() - begin < 120
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["stop", "sleep"])
+def test_a_stuck_trainer_is_noticed(job, control, how, tmp_path):
+  """Row 4: SIGSTOP, and a sleep while the heartbeats go on; the stacks are kept."""
+  if how == "stop":
+    j = job(2, {"Snapshot.stuck_seconds": 6.0})
+    j.wait_for_step(8)
+    begin = time.time()
+    assert j.kill(1, "trainer", signal.SIGSTOP)
+  else:
+    j = job(2, {"Snapshot.stuck_seconds": 6.0}, environment=fault("sleep:8", tmp_path))
+    j.wait_for_step(6)
+    begin = time.time()
+  failure = j.wait_for(lambda: j.events("failure"))[0]
+  assert failure["kind"] == "stuck" and failure["time"] - begin < 6.0 + 6.0
+  j.finish()
+  assert_recovered(j, "memory", 3)
+  assert_as_if_nothing_had_happened(j, control(2))
+  if how == "sleep":
+    assert any("train.py" in (j.run_dir / f"stacks-{h}.txt").read_text() for h in range(2))
+
+
+# --------------------------------------------------------------------------------------------------------- hosts are lost
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hosts, m, lost", [(4, 1, (1,)), (4, 2, (0, 3)), (2, 1, (0,))])
+def test_lost_hosts_are_decoded_onto_replacements(job, control, hosts, m, lost):
+  """Row 5: trainer, snapshot process and supervisor of m hosts; host 0 is the leader."""
+  changes = {"Snapshot.parity_hosts": m}
+  j = job(hosts, changes)
+  j.wait_for_step(8)
+  for host in lost:
+    assert j.kill(host, "host")
+  for host in lost:
+    j.start(host)
+  j.finish()
+  assert_recovered(j, "decoded", 6)
+  assert_as_if_nothing_had_happened(j, control(hosts, changes))
+
+
+@pytest.mark.slow
+def test_one_host_too_many_falls_back_to_the_checkpoints(job, control):
+  """Row 5: m + 1 hosts; said so, and resumed from the newest checkpoint."""
+  changes = {"Checkpoint.every_steps": 5}
+  j = job(3, changes)
+  j.wait_for(lambda: (j.run_dir / "checkpoints" / "5" / "digests").exists() and j.last_step() >= 7)
+  for host in (1, 2):
+    j.kill(host, "host")
+  for host in (1, 2):
+    j.start(host)
+  j.finish()
+  assert_recovered(j, "persistent")
+  assert "more hosts were lost than its parity covers" in j.logs()
+  assert j.events("restore")[-1]["step"] in (5, 10)
+  assert_as_if_nothing_had_happened(j, control(3, changes))
+
+
+@pytest.mark.slow
+def test_a_lost_snapshot_process_leaves_the_training_alone(job, control):
+  """Row 6: degraded until the next snapshot; the trainer is never restarted."""
+  j = job(3, {"Train.steps": 60})
+  j.wait_for_step(8)
+  trainer = j.child(1, "trainer")
+  assert j.kill(1, "keeper")
+  j.wait_for(lambda: j.events("degraded"))
+  at = j.events("degraded")[0]["time"]
+  j.wait_for(lambda: [e for e in j.events("commit") if e["time"] > at])
+  assert j.child(1, "trainer") == trainer
+  status = json.loads((j.run_dir / "snapshots.json").read_text())
+  assert status["groups"][0]["holding"] == [0, 1, 2]
+  j.finish()
+  assert not j.events("failure")
+  assert_as_if_nothing_had_happened(j, control(3, {"Train.steps": 60}), 60)
+
+
+# ------------------------------------------------------------------------------------------------------- the other tiers
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_a_slot_is_mended(job, control, tmp_path):
+  """Row 8, through the whole job."""
+  j = job(3, {"Checkpoint.every_steps": 5}, environment=fault("flip:9", tmp_path))
+  j.finish()
+  assert j.events("recovery")[0]["tier"] == "decoded" and j.events("recovery")[0]["repaired"] == {"1": 1}
+  assert_as_if_nothing_had_happened(j, control(3, {"Checkpoint.every_steps": 5}))
+
+
+@pytest.mark.slow
+def test_a_memory_tier_that_is_not_what_was_saved_is_refused(job, control, tmp_path):
+  """G4: chunks and parity agree but the fingerprint of the devices does not (damage on the way to the slot)."""
+  changes = {"Checkpoint.every_steps": 5}
+  j = job(1, changes, environment=fault("garbage:9", tmp_path))
+  j.finish()
+  assert any("is not what was saved" in e["message"] for e in j.events("alarm"))
+  assert j.events("restore")[0]["step"] == 5
+  assert_as_if_nothing_had_happened(j, control(1, changes))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_resumes(job, control, tmp_path):
+  """Row 13: SIGTERM on one host; all save the same step, in memory and in a checkpoint, and end with 143."""
+  j = job(2)
+  j.wait_for_step(8)
+  os.kill(j.supervisors[1].pid, signal.SIGTERM)
+  j.finish(143)
+  step = j.events("preempted")[0]["step"]
+  assert (j.run_dir / "checkpoints" / str(step) / "digests").exists()
+  assert step in [e["step"] for e in j.events("commit")]
+  again = job(2)
+  again.finish()
+  assert again.events("restore")[-1]["step"] == step
+  assert_as_if_nothing_had_happened(again, control(2))
+
+
+@pytest.mark.slow
+def test_a_straggler_is_waited_for_and_snapshots_are_skipped(job, control):
+  """Row 14: a slow snapshot process; steps are skipped and not queued, and the job ends as it should."""
+  j = job(2, {"Train.steps": 60, "Snapshot.every_steps": 1})
+  j.wait_for_step(5)
+  keeper = j.child(1, "keeper")
+  os.kill(keeper, signal.SIGSTOP)
+  time.sleep(3)
+  os.kill(keeper, signal.SIGCONT)
+  j.finish()
+  assert not j.events("failure")
+  assert_as_if_nothing_had_happened(j, control(2, {"Train.steps": 60, "Snapshot.every_steps": 1}), 60)
+
+
+@pytest.mark.slow
+def test_nan_for_ever_is_replayed_once_and_then_stops(job):
+  """Row 16: no finite loss from step 12 on: skipped, rewound, replayed to the same bits: the data or the model is at fault."""
+  j = job(1, {"Train.steps": 60}, environment=fault("nan:12"))
+  j.finish(5)
+  assert len(j.events("rewind")) == 1
+  assert j.events("replayed")[0]["same"] is True
+  assert "data or the model" in j.logs()
+
+
+@pytest.mark.slow
+def test_nan_that_a_replay_does_not_repeat_is_the_hardware(job, control, tmp_path):
+  """Row 16, once: the replay comes out differently, which is said, and training goes on from it."""
+  j = job(1, {"Train.steps": 60}, environment=fault("nan:12", tmp_path))
+  j.finish()
+  assert j.events("replayed")[0]["same"] is False
+  assert fault_job.final_digests(j.run_dir, 60) == fault_job.final_digests(control(1, {"Train.steps": 60}), 60)
+
+
+@pytest.mark.slow
+def test_an_old_leader_address_and_a_wrong_token(job, tmp_path):
+  """Row 20: a host with another token never joins, and the job is not disturbed."""
+  j = job(2)
+  other = tmp_path / "token"
+  other.write_text("x" * 64)
+  other.chmod(0o600)
+  stranger = j.start(1, token=other)
+  j.finish()
+  assert "does not have this job's token" in j.logs()
+  assert stranger.poll() is None  # it goes on looking, and is not let in
+  stranger.kill()
+  assert not j.events("failure")

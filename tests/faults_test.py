@@ -13,8 +13,8 @@ import pytest
 
 from moe.data import embedded
 from moe.data import records
-from tests import fault_job
-from tests.fault_job import Job
+from tools import local_job
+from tools.local_job import Job
 
 STEPS = 30
 
@@ -63,8 +63,8 @@ def control(tmp_path_factory, corpus):
 
 
 def assert_as_if_nothing_had_happened(found, expected, steps=STEPS):
-  assert fault_job.losses(found.run_dir) == fault_job.losses(expected)
-  assert fault_job.final_digests(found.run_dir, steps) == fault_job.final_digests(expected, steps)
+  assert local_job.losses(found.run_dir) == local_job.losses(expected)
+  assert local_job.final_digests(found.run_dir, steps) == local_job.final_digests(expected, steps)
 
 
 def assert_recovered(found, tier, at_least=1):
@@ -273,7 +273,7 @@ def test_nan_that_a_replay_does_not_repeat_is_the_hardware(job, control, tmp_pat
   j = job(1, {"Train.steps": 60}, environment=fault("nan:12", tmp_path))
   j.finish()
   assert j.events("replayed")[0]["same"] is False
-  assert fault_job.final_digests(j.run_dir, 60) == fault_job.final_digests(control(1, {"Train.steps": 60}), 60)
+  assert local_job.final_digests(j.run_dir, 60) == local_job.final_digests(control(1, {"Train.steps": 60}), 60)
 
 
 @pytest.mark.slow

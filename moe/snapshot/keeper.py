@@ -43,7 +43,8 @@ class Keeper:
     self.generation, self.host, self.group, self.code = 0, -1, [0], parity.Code(1, 0)
     self.peers: dict[int, tuple[str, int]] = {}
     self.copies: list[copies.Copy] = []
-    self.layout, self.sizes, self.committed, self.abandoned = "", [], -1, -1
+    self.layout, self.sizes, self.committed = "", [], -1
+    self.abandoned: set[int] = set()  # steps that will never be committed, though earlier ones may still be
     self.check_share = 0.01
     self._links: dict[int, Link] = {}  # for questions to other keepers
     self._asking: dict[int, threading.Lock] = {}
@@ -85,7 +86,7 @@ class Keeper:
       for link in self._links.values():
         link.close()  # whoever asks next connects anew
       if fresh:
-        self.abandoned = -1
+        self.abandoned.clear()
         for copy in self.copies:  # what the last trainer left half done
           if copy.status not in ("prepared", "committed"):
             copy.reset(-1)
@@ -111,6 +112,7 @@ class Keeper:
           if copy.status == "committed":
             copy.status = "old"
         done.status, self.committed = "committed", step
+        self.abandoned = {s for s in self.abandoned if s > step}
       trainer = self._trainer if self.committed == step else None
     if trainer:
       with contextlib.suppress(WireError):
@@ -119,7 +121,7 @@ class Keeper:
   def _do_abandon(self, message: dict) -> None:
     """The step will never be committed: somebody skipped it or failed."""
     with self._changed:
-      self.abandoned = max(self.abandoned, message["step"])
+      self.abandoned.add(message["step"])
       for copy in self.copies:
         if copy.step == message["step"] and copy.status in ("ready", "stored", "prepared", "empty"):
           copy.reset(-1)
@@ -251,7 +253,7 @@ class Keeper:
   def _begin(self, step: int) -> dict[str, Any]:
     with self._changed:
       copy = self._free(step)
-      busy = copy is None or step <= self.abandoned or copy.status in ("writing", "ready", "stored", "prepared")
+      busy = copy is None or step in self.abandoned or copy.status in ("writing", "ready", "stored", "prepared")
       if not busy:
         if copy.step != step:
           copy.reset(step)
@@ -277,13 +279,13 @@ class Keeper:
         raise WireError(f"step {step} was not begun")
       copy.status, copy.header = "ready", header
       epoch = copy.epoch
-    threading.Thread(target=self._store, args=(copy, epoch), daemon=True, name="store").start()
+    threading.Thread(target=self._store, args=(copy, step, epoch), daemon=True, name="store").start()
 
   # ------------------------------------------------------------------------------------------------- storing a snapshot
 
-  def _store(self, copy: copies.Copy, epoch: int) -> None:
+  def _store(self, copy: copies.Copy, step: int, epoch: int) -> None:
     """Digests the copy, sends it to the members, and waits for the parity held here."""
-    step, begin = copy.step, time.monotonic()
+    begin = time.monotonic()
     try:
       table = memory.digests(copy.data.bytes[: copy.shape.data_bytes], copy.shape.chunk)
       hashed = time.monotonic()
@@ -292,7 +294,7 @@ class Keeper:
         copy.set_record(copy.header, table)
         others = [place for place, host in enumerate(self.group) if host != self.host]
       failures: list[str] = []
-      senders = [threading.Thread(target=self._send_copy, args=(copy, epoch, table, place, failures), daemon=True)
+      senders = [threading.Thread(target=self._send_copy, args=(copy, step, epoch, table, place, failures), daemon=True)
                  for place in others]
       for thread in senders:
         thread.start()
@@ -328,10 +330,10 @@ class Keeper:
     if copy.epoch != epoch:
       raise WireError("the step was given up")
 
-  def _send_copy(self, copy: copies.Copy, epoch: int, table: np.ndarray, place: int, failures: list[str]) -> None:
+  def _send_copy(self, copy: copies.Copy, step: int, epoch: int, table: np.ndarray, place: int, failures: list[str]) -> None:
     """To one member: header and digests, and the segments whose parity it holds. Over a connection of its own, so that
     nothing of a step that was given up is in the way of the next."""
-    host, step, me, sent = self.group[place], copy.step, self._place(), []
+    host, me, sent = self.group[place], self._place(), []
     try:
       with contextlib.closing(self._connect(host)) as link:
         link.send({"do": "record", "step": step, "after": self.committed, "header": copy.header, "table": copies.text_of(table),
@@ -446,7 +448,7 @@ class Keeper:
       self._commit(message["after"])  # the sender knows of the commit, so it is one
       with self._changed:
         copy = self._free(step)
-        if copy is None or step <= max(self.abandoned, self.committed) or not self.copies:
+        if copy is None or step in self.abandoned or step <= self.committed or not self.copies:
           raise WireError(f"step {step} is not wanted here")
         if copy.step != step:
           copy.reset(step)

@@ -235,7 +235,8 @@ class Leader:
     self._record("trainers", generation=self.generation, step=step)
     self._publish()
     prepared: dict[int, set[int]] = collections.defaultdict(set)
-    abandoned, finished = -1, {}
+    abandoned: set[int] = set()
+    finished: dict[int, int] = {}
     while True:
       host, message = self._next(5.0)
       said = message["say"]
@@ -262,17 +263,17 @@ class Leader:
         body = message["message"]
         if "prepared" in body:
           prepared[body["prepared"]].add(host)
-          if len(prepared[body["prepared"]]) == self.settings.hosts and body["prepared"] > abandoned:
+          if len(prepared[body["prepared"]]) == self.settings.hosts and body["prepared"] not in abandoned:
             self.committed = body["prepared"]
             self._holding = {h: self.committed for h in range(self.settings.hosts)}
             self._tell({"do": "keeper", "message": {"do": "commit", "step": self.committed}})
             self._record("commit", step=self.committed, bytes=body["bytes"], seconds=body["seconds"])
             prepared.clear()
             self._publish()
-        elif "skipped" in body and body["skipped"] > max(abandoned, self.committed):
-          abandoned = body["skipped"]
-          self._tell({"do": "keeper", "message": {"do": "abandon", "step": abandoned}})
-          self._record("skipped", step=abandoned, host=host, reason=body.get("reason", "the one before is not committed"))
+        elif "skipped" in body and body["skipped"] > self.committed and body["skipped"] not in abandoned:
+          abandoned.add(body["skipped"])
+          self._tell({"do": "keeper", "message": {"do": "abandon", "step": body["skipped"]}})
+          self._record("skipped", step=body["skipped"], host=host, reason=body.get("reason", "the one before is not committed"))
 
   def _cause(self, first: Failure) -> Failure:
     """Of the failures that come together the one that says most: a signal, then another code, then a crash by JAX's error."""

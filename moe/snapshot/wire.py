@@ -37,6 +37,10 @@ class WireError(Exception):
   """A connection that cannot be used any more: closed, timed out, damaged, of a stranger or of an old generation."""
 
 
+class Closed(WireError):
+  """The other side has closed the connection."""
+
+
 class Refused(WireError):
   """The other side will not; the connection is good."""
 
@@ -98,7 +102,7 @@ class Link:
       while done < len(view):
         count = self.sock.recv_into(view[done:])
         if not count:
-          raise WireError("the other side closed the connection")
+          raise Closed("the other side closed the connection")
         done += count
     return buffer
 
@@ -255,7 +259,8 @@ class Listener:
         link, hello = _greet(sock, self._token, self._admit, self._tls)
       finally:
         self._pending.release()
-      self._serve(link, hello)
+      with contextlib.suppress(Closed):  # its way to say goodbye
+        self._serve(link, hello)
     except WireError as error:
       self._log(f"connection from {address[0]}: {error}")
     finally:

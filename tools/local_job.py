@@ -1,4 +1,4 @@
-"""A job of several hosts on this machine, every one a supervisor with its own children, for the fault tests and tools.soak."""
+"""A job of several hosts on this machine, every one a supervisor with its own children: for the fault tests and tools.soak."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Job:
                        *(f"--gin.{key}={value}" for key, value in bindings.items())]
     kept = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     self._environment = {**kept, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0",
-                         "MOE_TEST_TRAINER": trainer, **(environment or {})}
+                         "MOE_TRAINER": trainer, **(environment or {})}
     self.supervisors: dict[int, subprocess.Popen] = {}
     for host in range(hosts):
       self.start(host)
@@ -57,7 +57,7 @@ class Job:
     place = f"127.0.0.1:{self._port},{self.hosts},{host}"
     several = [f"--multihost={place}", f"--token_file={token or self.token}"] if self.hosts > 1 else []
     with open(self.run_dir / f"log-{host}.txt", "a") as log:
-      process = subprocess.Popen([sys.executable, "-m", "tests.fault_job", *self._arguments, *several], cwd=ROOT,
+      process = subprocess.Popen([sys.executable, "-m", "tools.local_job", *self._arguments, *several], cwd=ROOT,
                                  env=self._environment, stdout=log, stderr=log, start_new_session=True)
     if token is None:
       self.supervisors[host] = process
@@ -156,4 +156,4 @@ def final_digests(run_dir, step: int) -> dict:
 if __name__ == "__main__":
   from moe.snapshot import supervisor
 
-  sys.exit(supervisor.main(trainer=("-m", os.environ["MOE_TEST_TRAINER"])))
+  sys.exit(supervisor.main(trainer=("-m", os.environ["MOE_TRAINER"])))

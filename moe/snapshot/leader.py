@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from etils import epath
+
 from moe.snapshot import parity
 from moe.snapshot.wire import Link, WireError
 
@@ -93,6 +95,7 @@ class Leader:
     """
     self.settings, self._record, self._say = settings, record, say
     self._status = pathlib.Path(run_dir) / "snapshots.json" if "://" not in str(run_dir) else None
+    self._checkpoints = epath.Path(run_dir) / "checkpoints"
     self._grouped = groups(settings.hosts, settings.group_hosts, settings.parity_hosts)
     self._parity = settings.parity_hosts if settings.hosts > 1 else 0
     self._inbox: queue.Queue[tuple[int, dict]] = queue.Queue()
@@ -217,10 +220,9 @@ class Leader:
         return step
       self._say(f"memory tier: step {step} refused: " + "; ".join(f"host {h}: {why}" for h, why in refused.items()))
       self._record("refused", tier="memory", step=step, reasons=list(refused.values()))
-    had = max((step for inventory in inventories.values() for step in inventory["steps"]), default=None)
-    if had is not None or self.committed >= 0:
-      self._say("memory tier: no step is whole in every group (more hosts were lost than its parity covers); the persistent "
-                "tier is next")
+    if self.committed >= 0 or self._checkpoints.exists():  # else the job is new
+      self._say("memory tier: no step is whole in every group (more hosts were lost than their parity covers); the checkpoints "
+                "are next")
       self._record("recovery", tier="persistent", step=None)
     self._tell({"do": "keeper", "message": {"do": "clear"}})
     self.committed, self._holding = -1, {}

@@ -4,21 +4,27 @@ Orbax does not notice a flipped bit in array data, so each save carries a digest
 devices before the save and again after the restore. The digest is a sum over elements modulo 2^32, hence the same for
 every sharding, and a checkpoint restores onto any mesh.
 
-A failed save (a full disk, say) raises an alarm and training goes on; the last good checkpoint stays.
+A failed save (a full disk, say) raises an alarm and training goes on; the last good checkpoint stays. A checkpoint is good
+when another process has read it back and found every digest (`moe/stored.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
 import json
+import pathlib
 import shutil
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
 from etils import epath
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -110,9 +116,32 @@ class Checkpointer:
         cleanup_tmp_directories=False,
         # Otherwise a directory that cannot be made leaves threads that block the exit for minutes.
         async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False)))
+    self._unread: int | None = None  # the last step saved, while it has not been read back
+    self._reader: subprocess.Popen | None = None
 
   def steps(self) -> list[int]:
-    return sorted(self._manager.all_steps(read=True))
+    """Those that every host sees: a listing may fail for a moment on one of them, and all must choose the same."""
+    return _on_all_hosts(sorted(self._manager.all_steps(read=True)))
+
+  def good(self, step: int) -> bool:
+    """Whether every host's part of it was read back and found equal."""
+    return len(list((self._folder / str(step)).glob("good.*"))) >= jax.process_count()
+
+  def poll(self) -> list[str]:
+    """Has a finished save read back, by a process beside this one; what went wrong since the last call."""
+    if self._reader is None and self._unread is not None and not self._manager.is_saving_in_progress():
+      folder = self._folder / str(self._unread)
+      self._reader = subprocess.Popen(
+          [sys.executable, "-m", "moe.stored", str(folder), str(jax.process_index()), str(jax.process_count())],
+          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=pathlib.Path(__file__).parents[1])
+    if self._reader is None or self._reader.poll() is None:
+      return []
+    step, said, code = self._unread, self._reader.communicate()[0].strip(), self._reader.returncode
+    self._reader = self._unread = None
+    with contextlib.suppress(OSError):
+      mark = f"{'bad' if code else 'good'}.{jax.process_index()}-of-{jax.process_count()}"
+      (self._folder / str(step) / mark).write_text(f"{said}\n")
+    return [] if code == 0 else [f"checkpoint {step} does not read back as it was saved: {said}"]
 
   def save(self, step: int, state: Any, data: dict, run: config.Run, operative: str) -> list[str]:
     """Starts a save in the background.
@@ -123,6 +152,7 @@ class Checkpointer:
     problems = self.wait()
     if step in self.steps():
       return problems
+    self._stop_reading()  # it is slower than the saves come
     side = {"data": copy.deepcopy(data), "config": {"run": config.to_dict(run), "operative": operative},
             "digests": digests(state)}
     side = json.loads(json.dumps(side))
@@ -134,6 +164,8 @@ class Checkpointer:
     try:
       if not self._manager.save(step, args=arguments):
         problems.append(f"checkpoint {step} was not accepted: a newer one exists")
+      else:
+        self._unread = step
     except Exception as error:  # Orbax raises many types here; none may end the run
       problems.append(f"checkpoint {step} could not be saved: {_one_line(error)}")
       self._manager.reload()
@@ -150,6 +182,7 @@ class Checkpointer:
       except Exception as error:
         problems.append(f"a checkpoint could not be saved: {_one_line(error)}")
     if problems:
+      self._unread = None
       self._manager.reload()
       self._sweep()
     return problems[:1]
@@ -180,13 +213,26 @@ class Checkpointer:
   def close(self) -> list[str]:
     """Waits and closes; needed on every way out, or a save under way is lost at exit. Returns as `wait`."""
     problems = self.wait()
+    problems += self.poll()  # starts the reading of the last one
+    if self._reader:
+      self._reader.wait()
+      problems += self.poll()
     self._manager.close()
     return problems
+
+  def _stop_reading(self) -> None:
+    if self._reader:
+      self._reader.kill()
+      self._reader.communicate()
+    self._reader = self._unread = None
 
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, kind, *_):
+    if kind is not None:
+      self._stop_reading()
+      self._unread = None
     self.close()
 
   def _sweep(self) -> None:
@@ -200,7 +246,17 @@ class _Damaged(Exception):
   pass
 
 
-def _read(folder: epath.Path, abstract_state, run: config.Run):
+def _on_all_hosts(steps: list[int]) -> list[int]:
+  """The newest 64 steps that every host has in its list."""
+  if jax.process_count() == 1:
+    return steps
+  mine = np.full(64, -1, np.int32)
+  mine[: len(steps[-64:])] = steps[-64:]
+  rows = multihost_utils.process_allgather(mine)
+  return sorted(set.intersection(*({int(v) for v in row} for row in rows)) - {-1})
+
+
+def _read_sides(folder: epath.Path) -> dict:
   try:
     side = {key: json.loads((folder / key / "metadata").read_text()) for key in ("data", "config", "digests")}
   except (OSError, ValueError) as error:
@@ -208,6 +264,17 @@ def _read(folder: epath.Path, abstract_state, run: config.Run):
   for key in ("data", "config"):
     if side["digests"].get("sides", {}).get(key) != _seal(side[key]):
       raise _Damaged(f"the digest of its {key} does not match")
+  return side
+
+
+def _read(folder: epath.Path, abstract_state, run: config.Run):
+  side, problem = {}, None
+  try:
+    side = _read_sides(folder)
+  except _Damaged as error:
+    problem = error
+  if not _on_all_hosts([] if problem else [0]):  # one host cannot read it: none goes on to the array data
+    raise problem or _Damaged("another host cannot read it")
   different = config.differences(_shape_config(side["config"]["run"]), _shape_config(config.to_dict(run)))
   if different:
     raise CheckpointError(f"{folder} holds another model: " + "; ".join(different)

@@ -220,6 +220,8 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
           recorder.terminal.status(_status_line(run, done, record, speed, _bits_per_byte(record, host_batch, tokenizer)))
           window_start, window_step = time.monotonic(), done
 
+      for problem in saver.poll():
+        recorder.alarm(problem, step=done)
       if profile and done == profile[1]:
         jax.block_until_ready(values)
         jax.profiler.stop_trace()
@@ -289,7 +291,7 @@ def _run_dir(given: str | None) -> epath.Path:
 
 def _restore(snapshots, saver, abstract, run: config.Run, recorder):
   """The newest state that equals what was saved, from the hosts' memory or from the checkpoints; None where there is none."""
-  if snapshots.offered_step() > max(saver.steps(), default=-1):
+  if -1 < snapshots.offered_step() >= max(saver.steps(), default=-1):
     try:
       return snapshots.restore(abstract)
     except checkpoint_lib.CheckpointError as error:

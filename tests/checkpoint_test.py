@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from moe import checkpoint
 from moe import config
 from moe import sharding
 from moe import step as step_lib
+from moe import stored
 from tests import small
 
 DATA = {"fingerprint": {"seed": 0}, "shards": {"0": {"index": 3}}}
@@ -85,6 +87,41 @@ def test_digest_sees_every_bit_and_no_sharding(run):
   assert zeros[0] != zeros[1]
   for dtype in (jnp.bfloat16, jnp.int32, jnp.uint32, jnp.int8):
     assert checkpoint.digests({"x": jnp.ones(3, dtype)}) != checkpoint.digests({"x": jnp.zeros(3, dtype)})
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.int8])
+def test_digests_of_files_are_those_of_the_devices(dtype, monkeypatch):
+  for shape in ((), (1,), (5,), (3, 1, 7), (64, 9)):
+    x = np.random.default_rng(1).integers(-100, 100, shape).astype(dtype)
+    whole = checkpoint.digests({"x": jnp.array(x)})["x"]
+    assert stored.digest(iter([((0,) * x.ndim, x)])) == whole
+    if x.ndim and len(x) > 1:
+      cut = [((0,) + (0,) * (x.ndim - 1), x[:2]), ((2,) + (0,) * (x.ndim - 1), x[2:])]
+      assert stored.digest(iter(cut)) == whole
+
+
+def test_a_checkpoint_is_good_when_it_was_read_back(tmp_path, run, state):
+  one = saver(tmp_path)
+  assert one.save(1, state, DATA, run, "# gin") == []
+  assert one.close() == [] and one.good(1)
+  assert stored.names(tmp_path / "1") == sorted(checkpoint.digests(state))
+  assert stored.wrong(tmp_path / "1") == []
+  two = saver(tmp_path)
+  assert two.save(2, state, DATA, run, "# gin") == [] and two.wait() == []
+  path = tmp_path / "2" / "digests" / "metadata"
+  side = json.loads(path.read_text())
+  side["leaves"]["params.embedding"] = "0" * 16
+  path.write_text(json.dumps(side))
+  problems = two.close()
+  assert problems == ["checkpoint 2 does not read back as it was saved: params.embedding"] and not two.good(2)
+
+
+def test_the_reader_needs_no_jax(tmp_path, run, state):
+  saved(tmp_path, state, run)
+  code = "import sys; from moe import stored; assert stored.wrong(sys.argv[1]) == []; assert 'jax' not in sys.modules"
+  subprocess.run([sys.executable, "-c", code, str(tmp_path / "1")], check=True, cwd=pathlib.Path(__file__).parents[1])
+  with pytest.raises(stored.Unreadable):
+    stored.wrong(tmp_path / "7")
 
 
 def test_a_flipped_bit_on_disk_is_refused_and_the_older_checkpoint_taken(tmp_path, run, state):

@@ -1,0 +1,209 @@
+"""What a snapshot costs beside Orbax on this machine: `python -m tools.bench.snapshot [--gb=0.2,1,4] [--hosts=4]`
+
+In one run, in turn: (1) this machine's memory copy, digest and parity speeds; (2) a state of that size in JAX on one host:
+the stall of a snapshot (with the fingerprint's time apart) and the time to its commit, beside Orbax's asynchronous save of the
+same state (blocking time, time to the finished checkpoint); (3) snapshot processes of several hosts: time from the last byte
+written to `prepared`. CPU only; on an accelerator the copy is from the device, which nothing here measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import queue
+import socket
+import statistics
+import tempfile
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from moe import checkpoint
+from moe import command_line
+from moe import gin_config
+from moe.snapshot import client
+from moe.snapshot import copies
+from moe.snapshot import keeper as keeper_lib
+from moe.snapshot import memory
+from moe.snapshot import parity
+from moe.snapshot import wire
+from moe.snapshot.wire import Link, WireError
+
+_TOKEN = b"bench" * 8
+
+
+class Host:
+  """A keeper in this process, with the bench as its supervisor; `pool` answers are in `heard`."""
+
+  def __init__(self, folder: str, number: int, hosts: int, m: int):
+    ours, theirs = socket.socketpair()
+    self.control, self.heard = Link(ours, None), queue.Queue()
+    self.path = f"{folder}/keeper-{number}"
+    self.keeper = keeper_lib.Keeper(Link(theirs, None), _TOKEN, "127.0.0.1", self.path)
+    threading.Thread(target=self.keeper.run, daemon=True).start()
+    threading.Thread(target=self._read, daemon=True).start()
+
+  def _read(self):
+    try:
+      while True:
+        self.heard.put(self.control.receive()[0])
+    except WireError:
+      pass
+
+  def hear(self, *keys):
+    while True:
+      message = self.heard.get(timeout=120)
+      if any(key in message for key in keys):
+        return message
+
+
+def cluster(folder: str, hosts: int, m: int) -> list[Host]:
+  made = [Host(folder, h, hosts, m) for h in range(hosts)]
+  for number, host in enumerate(made):
+    host.control.send({"do": "configure", "generation": 1, "host": number, "group": list(range(hosts)), "parity": m,
+                       "peers": {str(h): list(o.keeper.listener.address) for h, o in enumerate(made)}, "check_share": 0.01})
+    host.hear("configured")
+  return made
+
+
+def best(function, repeats: int = 5) -> float:
+  seconds = []
+  for _ in range(repeats):
+    begin = time.perf_counter()
+    function()
+    seconds.append(time.perf_counter() - begin)
+  return min(seconds)
+
+
+def speeds(size: int = 256 << 20) -> dict[str, float]:
+  """GB/s of one thread over warm memory."""
+  a, b = np.full(size, 3, np.uint8), np.full(size, 5, np.uint8)
+  table = {
+      "memory copy": best(lambda: np.copyto(a, b)),
+      "xxh3 digests": best(lambda: memory.digests(b, memory.MAX_CHUNK)),
+      "XOR (m = 1)": best(lambda: parity.accumulate(a, 1, b)), f"Reed-Solomon row ({parity.backend()})": best(lambda: parity.accumulate(a, 29, b)),
+      "Reed-Solomon row (numpy)": best(lambda: parity.accumulate(a, 29, b, "numpy"), 1),
+      "fold": best(lambda: [parity.fold(b[i : i + memory.MAX_CHUNK]) for i in range(0, size, memory.MAX_CHUNK)])}
+  return {name: size / 1e9 / seconds for name, seconds in table.items()}
+
+
+def state_of(gb: float) -> dict[str, jax.Array]:
+  rows = max(round(gb * 1e9 / 4 / 1024 / 8), 1)
+  return {f"w{i}": jnp.full((rows, 1024), float(i)) for i in range(8)}
+
+
+def one_host(gb: float, repeats: int) -> dict:
+  """Snapshots and Orbax saves of one state, by turns."""
+  state = state_of(gb)
+  step_seconds = best(lambda: jax.block_until_ready(jax.tree.map(lambda x: x + 1, state)), 2)
+  folder = tempfile.mkdtemp(prefix="moe-bench-")
+  host = cluster(folder, 1, 0)[0]
+  os.environ[command_line.SUPERVISED] = json.dumps({"socket": host.path, "generation": 1, "step": None, "host": 0, "hosts": 1,
+                                                    "beat_fd": -1})
+  run = gin_config.resolve([gin_config.CONFIGS / "run" / "quickstart.gin"]).run
+  snapshots = client.Snapshots()
+  snapshots._every = 1
+  begin = time.perf_counter()
+  snapshots.attach(state, run)
+  faulted = time.perf_counter() - begin
+  snapshots._every = 1
+  snapshots.warm(state)
+  fingerprint = best(lambda: jax.block_until_ready(checkpoint.start_digests(state)), 2)
+  manager = ocp.CheckpointManager(f"{folder}/orbax", options=ocp.CheckpointManagerOptions(max_to_keep=1))
+  rows: dict[str, list[float]] = {name: [] for name in ("copy", "stall", "commit", "orbax block", "orbax total")}
+  resident = []
+  for step in range(1, repeats + 1):
+    begin = time.perf_counter()
+    (_, fields), = snapshots.take(step, state, dict)
+    prepared = host.hear("prepared")
+    rows["commit"].append(time.perf_counter() - begin)
+    host.control.send({"do": "commit", "step": prepared["prepared"]})
+    snapshots.wait(step)
+    rows["copy"].append(fields["copy_seconds"])
+    rows["stall"].append(fields["stall_seconds"])
+    begin = time.perf_counter()
+    manager.save(step, args=ocp.args.PyTreeSave(state))
+    rows["orbax block"].append(time.perf_counter() - begin)
+    manager.wait_until_finished()
+    rows["orbax total"].append(time.perf_counter() - begin)
+    resident.append(int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * memory.PAGE / 1e9)
+  manager.close()
+  del os.environ[command_line.SUPERVISED]
+  middle = {name: statistics.median(values[1:] or values) for name, values in rows.items()}
+  return {"gb": gb, "allocate": faulted, "fingerprint": fingerprint, "sweep": step_seconds, **middle,
+          "resident_first_gb": resident[0], "resident_last_gb": resident[-1]}
+
+
+def several_hosts(gb: float, hosts: int, m: int, repeats: int = 3) -> dict:
+  """All hosts' keepers on this machine: from `ready` on all to `prepared` on all."""
+  folder = tempfile.mkdtemp(prefix="moe-bench-")
+  made, size = cluster(folder, hosts, m), round(gb * 1e9 / hosts)
+  seconds = []
+  for number, host in enumerate(made):
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(host.path)
+    host.trainer = Link(sock, 120)
+    answer, _ = host.trainer.ask({"do": "attach", "layout": "L", "sizes": [size] * hosts, "slots": 2, "generation": 1})
+    _, fds, _, _ = socket.recv_fds(sock, 1, answer["slots"])
+    host.slots = [memory.mapped(fd) for fd in fds]
+    host.source = np.random.default_rng(number).integers(0, 256, size, np.uint8)
+  for step in range(1, repeats + 1):
+    for host in made:
+      while (answer := host.trainer.ask({"do": "begin", "step": step, "generation": 1})[0]).keys() == {"committed"}:
+        pass
+      host.slots[host.trainer.receive()[0]["slot"] if "slot" not in answer else answer["slot"]][:size] = host.source
+    begin = time.perf_counter()
+    for host in made:
+      host.trainer.ask({"do": "ready", "step": step, "header": "{}", "generation": 1})
+    for host in made:
+      assert "prepared" in host.hear("prepared", "skipped")
+    seconds.append(time.perf_counter() - begin)
+    for host in made:
+      host.control.send({"do": "commit", "step": step})
+    time.sleep(0.3)
+    for host in made:
+      host.trainer.receive()  # what it says of the commit
+  shape = copies.geometry(parity.Code(hosts, m), size)
+  return {"gb": gb, "hosts": hosts, "m": m, "seconds": min(seconds), "sent_gb": hosts * m * size / 1e9,
+          "memory_gb": 2 * hosts * (shape.data_bytes + shape.parity_bytes) / 1e9}
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(prog="python -m tools.bench.snapshot", description=__doc__.splitlines()[0])
+  parser.add_argument("--gb", default="0.2,1,4", help="sizes of the state over all hosts")
+  parser.add_argument("--hosts", type=int, default=4)
+  parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--json", type=pathlib.Path)
+  arguments = parser.parse_args(argv)
+  found = {"speeds": speeds(), "one_host": [], "several_hosts": []}
+  copy = found["speeds"]["memory copy"]
+  for name, value in found["speeds"].items():
+    print(f"{name:28} {value:6.2f} GB/s  {value / copy:.2f} of the memory copy", flush=True)
+  for gb in map(float, arguments.gb.split(",")):
+    r = one_host(gb, arguments.repeats)
+    found["one_host"].append(r)
+    print(f"{gb:g} GB, one host: allocated in {r['allocate']:.2f} s; stall {r['stall']:.3f} s, of it copy {r['copy']:.3f} "
+          f"({gb / r['copy']:.1f} GB/s, {gb / r['copy'] / copy:.2f} of the memory copy), fingerprint alone "
+          f"{r['fingerprint']:.3f}; digested after {r['commit']:.3f} s | Orbax: "
+          f"blocks {r['orbax block']:.3f} s, done after {r['orbax total']:.2f} s | "
+          f"resident {r['resident_first_gb']:.2f} -> {r['resident_last_gb']:.2f} GB", flush=True)
+    for m in (1, 2):
+      s = several_hosts(gb, arguments.hosts, m)
+      found["several_hosts"].append(s)
+      print(f"{gb:g} GB, {arguments.hosts} hosts on this machine, m = {m}: prepared {s['seconds']:.2f} s after the copy, "
+            f"{s['sent_gb']:.2f} GB sent ({s['sent_gb'] / s['seconds']:.2f} GB/s), {s['memory_gb']:.2f} GB of memory",
+            flush=True)
+  if arguments.json:
+    arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+  return 0
+
+
+if __name__ == "__main__":
+  wire.TIMEOUT_SECONDS = 120.0
+  raise SystemExit(main())

@@ -116,6 +116,33 @@ def test_a_checkpoint_is_good_when_it_was_read_back(tmp_path, run, state):
   assert problems == ["checkpoint 2 does not read back as it was saved: params.embedding"] and not two.good(2)
 
 
+@pytest.mark.slow
+def test_a_hundred_flipped_bits_in_the_files(tmp_path, run, state):
+  """At random places of all array files: noticed, or the values read are the same (bytes nobody reads)."""
+  saved(tmp_path, state, run)
+  folder, rng, noticed = tmp_path / "1", np.random.default_rng(0), 0
+  files = [p for p in (folder / "state").rglob("*") if p.is_file() and p.stat().st_size and p.name != "commit_success.txt"]
+  sizes = np.array([p.stat().st_size for p in files], float)
+  for _ in range(100):
+    path = files[rng.choice(len(files), p=sizes / sizes.sum())]
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+    path.write_bytes(damaged)
+    try:
+      bad = stored.wrong(folder)
+    except stored.Unreadable:
+      bad = ["unreadable"]
+    if not bad:  # then what is restored is what was saved, or it is refused for what lies beside the arrays
+      try:
+        assert_equal(saver(tmp_path).restore(step_lib.abstract_state(run, mesh_of(run, 8)), run).state, state)
+      except checkpoint.CheckpointError:
+        bad = ["refused"]
+    noticed += bool(bad)
+    path.write_bytes(whole)
+  assert noticed > 50
+
+
 def test_the_reader_needs_no_jax(tmp_path, run, state):
   saved(tmp_path, state, run)
   code = "import sys; from moe import stored; assert stored.wrong(sys.argv[1]) == []; assert 'jax' not in sys.modules"

@@ -1,7 +1,7 @@
 """Whole jobs with faults: supervisors, snapshot processes and trainers as real processes on loopback.
 
 Every row is one of docs/faults.md's table; what goes on afterwards is compared to the bit with a run that nobody disturbed.
-`bash tools/dev.sh faults` runs them all.
+`bash tools/dev.sh faults` runs them all; MOE_FAULT_TURN=n every fourth from the n-th on.
 """
 
 import json
@@ -17,6 +17,7 @@ from moe.data import records
 from tools import local_job
 from tools.local_job import Job
 
+pytestmark = pytest.mark.slow
 STEPS = 30
 
 
@@ -31,6 +32,14 @@ def corpus(tmp_path_factory):
   docs = list(records.read_documents(embedded.resolve("embedded:kjv"), "validation"))
   records.write_domain(folder, {"train": docs[:40], "validation": docs[40:42], "test": docs[42:44]})
   return {"Data.domains": "(@tiny/Domain(),)", "tiny/Domain.name": '"tiny"', "tiny/Domain.path": f'"{folder}"'}
+
+
+@pytest.fixture(autouse=True)
+def turn(request):
+  wanted = os.environ.get("MOE_FAULT_TURN")
+  mine = [item for item in request.session.items if item.fspath == request.node.fspath].index(request.node)
+  if wanted is not None and mine % 4 != int(wanted) % 4:
+    pytest.skip("another turn's")
 
 
 @pytest.fixture
@@ -92,7 +101,6 @@ def test_a_killed_trainer_resumes_from_memory(job, control):
   assert_as_if_nothing_had_happened(j, control(1))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_trainer_of_two(job, control, victim):
   """Rows 1 and 2: any trainer, and process 0, which JAX's coordinator lives in."""
@@ -104,7 +112,6 @@ def test_a_killed_trainer_of_two(job, control, victim):
   assert_as_if_nothing_had_happened(j, control(2))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["digest", "copy", "ready", "restore", "save"])
 def test_a_kill_in_every_phase(job, control, phase, tmp_path):
   """Row 1: the trainer kills itself inside the phase, once."""
@@ -115,7 +122,6 @@ def test_a_kill_in_every_phase(job, control, phase, tmp_path):
   assert_as_if_nothing_had_happened(j, control(2, {"Checkpoint.every_steps": 9}))
 
 
-@pytest.mark.slow
 def test_an_exception_ends_the_job_at_once(job):
   """Row 3: all trainers are gone in a second, not in the five minutes of JAX's barrier; the same one twice ends the job."""
   j = job(2, environment=fault("exception:7"))
@@ -128,7 +134,6 @@ def test_an_exception_ends_the_job_at_once(job):
   assert time.monotonic() - begin < 120
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["stop", "sleep"])
 def test_a_stuck_trainer_is_noticed(job, control, how, tmp_path):
   """Row 4: SIGSTOP, and a sleep while the heartbeats go on; the stacks are kept."""
@@ -152,7 +157,6 @@ def test_a_stuck_trainer_is_noticed(job, control, how, tmp_path):
 # --------------------------------------------------------------------------------------------------------- hosts are lost
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("hosts, m, lost", [(2, 1, (0,)), (3, 1, (1,))])
 def test_lost_hosts_are_decoded_onto_replacements(job, control, hosts, m, lost):
   """Row 5: trainer, snapshot process and supervisor of m hosts; host 0 is the leader."""
@@ -168,7 +172,6 @@ def test_lost_hosts_are_decoded_onto_replacements(job, control, hosts, m, lost):
   assert_as_if_nothing_had_happened(j, control(hosts, changes))
 
 
-@pytest.mark.slow
 def test_one_host_too_many_falls_back_to_the_checkpoints(job, control):
   """Row 5: m + 1 hosts; said so, and resumed from the newest checkpoint."""
   changes = {"Checkpoint.every_steps": 5}
@@ -184,7 +187,6 @@ def test_one_host_too_many_falls_back_to_the_checkpoints(job, control):
   assert_as_if_nothing_had_happened(j, control(2, changes))
 
 
-@pytest.mark.slow
 def test_a_lost_snapshot_process_leaves_the_training_alone(job, control):
   """Row 6: degraded until the next snapshot; the trainer is never restarted."""
   j = job(2, {"Train.steps": 60})
@@ -205,7 +207,6 @@ def test_a_lost_snapshot_process_leaves_the_training_alone(job, control):
 # ------------------------------------------------------------------------------------------------------- the other tiers
 
 
-@pytest.mark.slow
 def test_a_flipped_bit_in_a_slot_is_mended(job, control, tmp_path):
   """Row 8, through the whole job."""
   j = job(2, environment=fault("flip:9", tmp_path))
@@ -214,7 +215,6 @@ def test_a_flipped_bit_in_a_slot_is_mended(job, control, tmp_path):
   assert_as_if_nothing_had_happened(j, control(2))
 
 
-@pytest.mark.slow
 def test_a_memory_tier_that_is_not_what_was_saved_is_refused(job, control, tmp_path):
   """G4: chunks and parity agree but the fingerprint of the devices does not (damage on the way to the slot)."""
   changes = {"Checkpoint.every_steps": 5}
@@ -225,7 +225,6 @@ def test_a_memory_tier_that_is_not_what_was_saved_is_refused(job, control, tmp_p
   assert_as_if_nothing_had_happened(j, control(1, changes))
 
 
-@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_resumes(job, control, tmp_path):
   """Row 13: SIGTERM on one host; all save the same step, in memory and in a checkpoint, and end with 143."""
   j = job(2)
@@ -241,7 +240,6 @@ def test_sigterm_saves_and_the_same_command_resumes(job, control, tmp_path):
   assert_as_if_nothing_had_happened(again, control(2))
 
 
-@pytest.mark.slow
 def test_a_straggler_is_waited_for_and_snapshots_are_skipped(job, control):
   """Row 14: a slow snapshot process; steps are skipped and not queued, and the job ends as it should."""
   j = job(2, {"Train.steps": 60, "Snapshot.every_steps": 1})
@@ -255,7 +253,6 @@ def test_a_straggler_is_waited_for_and_snapshots_are_skipped(job, control):
   assert_as_if_nothing_had_happened(j, control(2, {"Train.steps": 60}), 60)
 
 
-@pytest.mark.slow
 def test_nan_for_ever_is_replayed_once_and_then_stops(job):
   """Row 16: no finite loss from step 12 on: skipped, rewound, replayed to the same bits: the data or the model is at fault."""
   j = job(1, {"Train.steps": 60}, environment=fault("nan:12"))
@@ -265,7 +262,6 @@ def test_nan_for_ever_is_replayed_once_and_then_stops(job):
   assert "data or the model" in j.logs()
 
 
-@pytest.mark.slow
 def test_nan_that_a_replay_does_not_repeat_is_the_hardware(job, control, tmp_path):
   """Row 16, once: the replay comes out differently, which is said, and training goes on from it."""
   j = job(1, {"Train.steps": 60}, environment=fault("nan:12", tmp_path))
@@ -274,7 +270,6 @@ def test_nan_that_a_replay_does_not_repeat_is_the_hardware(job, control, tmp_pat
   assert local_job.final_digests(j.run_dir, 60) == local_job.final_digests(control(1, {"Train.steps": 60}), 60)
 
 
-@pytest.mark.slow
 def test_an_old_leader_address_and_a_wrong_token(job, tmp_path):
   """Row 20: a host with another token never joins, and the job is not disturbed."""
   j = job(2)

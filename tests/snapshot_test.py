@@ -603,6 +603,40 @@ def test_a_step_that_somebody_skips_is_given_up_by_all(cluster):
   assert c.recover(3)[0].get("verified") == 3 and c.is_whole(3)
 
 
+def test_a_peer_that_says_nothing_costs_a_snapshot_and_no_more(cluster):
+  """Half-open: the address accepts connections and is silent. The step is given up in seconds, and the one before it stays."""
+  c = cluster(2, 1)
+  c.snapshot(1)
+  with socket.create_server(("127.0.0.1", 0)) as silent:
+    c.hosts[0].keeper.peers[1] = silent.getsockname()
+    begin = time.monotonic()
+    said = c.snapshot(2)
+    assert "timed out" in next(s["reason"] for s in said if s.get("reason") != "given up")
+    assert time.monotonic() - begin < 2 * wire._HANDSHAKE_SECONDS + 5
+  assert all(1 in inventory["steps"] for inventory in c.configure())
+  while any(2 not in h.keeper.abandoned for h in c.hosts):
+    time.sleep(0.005)
+  assert all("prepared" in s for s in c.snapshot(3))
+
+
+def test_a_link_that_breaks_in_the_middle_is_the_same(cluster, monkeypatch):
+  c = cluster(3, 1)
+  c.snapshot(1)
+  real, count = wire.Link.send, itertools.count()
+
+  def send(self, message, payload=b""):
+    if message.get("do") == "chunk" and next(count) == 2:
+      self.close()
+    real(self, message, payload)
+
+  monkeypatch.setattr(wire.Link, "send", send)
+  assert any("skipped" in s for s in c.snapshot(2))
+  while any(2 not in h.keeper.abandoned for h in c.hosts):
+    time.sleep(0.005)
+  assert all("prepared" in s for s in c.snapshot(3))
+  assert c.recover(3)[0].get("verified") == 3 and c.is_whole(3)
+
+
 def test_bytes_of_another_host_for_the_trainer(cluster):
   c = cluster(3, 1)
   c.snapshot(1)

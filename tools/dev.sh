@@ -3,6 +3,7 @@
 #   bash tools/dev.sh train [flags of moe.train]     the main job
 #   bash tools/dev.sh test  [flags of pytest]        the fast tests; with `--slow` all of them
 #   bash tools/dev.sh tpu   [flags of pytest]        the compile tests for TPU (Python >= 3.12)
+#   bash tools/dev.sh faults [flags of pytest]       whole jobs with faults; MOE_FAULT_TURN=n takes every fourth from n on
 #   bash tools/dev.sh run   COMMAND ...              any command within the environment
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -51,6 +52,9 @@ case "$verb" in
     # One pinned pair: every figure of the compiler belongs to it.
     environment .venv-tpu 12 -r tools/requirements_test.txt "jax[tpu]==0.12.0.1"
     TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 exec .venv-tpu/bin/python -m pytest -n 0 -m tpu "$@" ;;
+  faults)
+    environment .venv-test 11 -r tools/requirements_test.txt
+    exec .venv-test/bin/python -m pytest -n 0 tests/faults_test.py "$@" ;;
   run) environment .venv 11; PATH="$PWD/.venv/bin:$PATH" exec "$@" ;;
-  *) sed -n '2,6s/^# \{0,1\}//p' "$0"; [ "$verb" = help ] ;;
+  *) sed -n '2,7s/^# \{0,1\}//p' "$0"; [ "$verb" = help ] ;;
 esac

@@ -134,7 +134,7 @@ class Snapshots:
   def watch(self, run_dir) -> None:
     """Keeps the stacks of all threads in the run directory when the supervisor asks for them (SIGUSR1)."""
     if self.active and "://" not in str(run_dir):
-      self._stacks = open(pathlib.Path(run_dir) / f"stacks-{self._settings['host']}.txt", "w")
+      self._stacks = open(pathlib.Path(run_dir) / f"stacks-{self._settings['host']}.txt", "a")
       faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
 
   def beat(self, phase: str, step: int) -> None:
@@ -158,6 +158,7 @@ class Snapshots:
     self._layout = layout(abstract, self._settings["hosts"], json.dumps(config.to_dict(run)["model"], sort_keys=True))
     self._host = self._settings["host"]
     self._mine = [p for p in self._layout.pieces if p.host == self._host]
+    self._background, self._finishing = concurrent.futures.ThreadPoolExecutor(1), None
     self._pool = concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1))
     answer = self._connect()
     lines = [] if answer["had"] else budget(self._layout.sizes, run.snapshot)
@@ -226,6 +227,7 @@ class Snapshots:
     """The last committed snapshot again, for a replay within this process; None where there is none."""
     if not (self.active and self._slots):
       return None
+    self._finished()
     for _ in range(100):  # until the last commit has reached every host
       self._reserve()
       steps = _all_hosts(self._restorable["step"])
@@ -287,7 +289,8 @@ class Snapshots:
     """
     if not (self.active and self._layout) or not (due or step % self._every == 0):
       return []
-    begin, problem, slot = time.monotonic(), "", None
+    begin, slot = time.monotonic(), None
+    problem = self._finished()
     try:
       if self._link is None:  # the last snapshot process died
         self._connect()
@@ -301,18 +304,26 @@ class Snapshots:
         if slot is not None:
           self._ask({"do": "cancel", "step": step})
       return [("unprotected", {"reason": problem}) if problem else ("snapshot_skipped", {})]
-    fingerprints = checkpoint.start_digests(state)  # runs while the copies are under way
+    fingerprints = checkpoint.start_digests(state)  # runs while the copies are under way; the devices keep its inputs for it
     self._copy(state, self._slots[slot])
-    copied = time.monotonic()
     header = {"step": step, "layout": self._layout.digest, "data": data(),
-              "fingerprints": checkpoint.finish_digests(fingerprints),
               "pieces": [[p.name, p.dtype, p.shape, p.index, p.offset, p.size] for p in self._mine]}
+    self._finishing = self._background.submit(self._finish, step, header, fingerprints)
+    return [("snapshot", {"bytes": sum(p.size for p in self._mine), "stall_seconds": round(time.monotonic() - begin, 4)})]
+
+  def _finish(self, step: int, header: dict, fingerprints) -> str:
+    """Hands the copy over as soon as its fingerprints are computed, beside the next step; what went wrong, or ""."""
     try:
-      self._ask({"do": "ready", "step": step, "header": json.dumps(header)})
+      self._ask({"do": "ready", "step": step, "header": json.dumps(
+          {**header, "fingerprints": checkpoint.finish_digests(fingerprints)})})
     except WireError as error:
-      return [("unprotected", {"reason": self._lost(error)})]
-    return [("snapshot", {"bytes": sum(p.size for p in self._mine), "copy_seconds": round(copied - begin, 4),
-                          "stall_seconds": round(time.monotonic() - begin, 4)})]
+      return self._lost(error)
+    return ""
+
+  def _finished(self) -> str:
+    """Waits for the copy before, if it is still being handed over; what went wrong with it, or ""."""
+    finishing, self._finishing = self._finishing, None
+    return finishing.result() if finishing else ""
 
   def _copy(self, state: Any, slot: np.ndarray) -> None:
     """This host's pieces into the slot: transfers from the devices a bucket ahead, copies by several threads."""
@@ -342,6 +353,7 @@ class Snapshots:
     """Whether step `step` is committed within that time; for the last snapshot before the process ends."""
     if not self.active or self._layout is None:
       return False
+    self._finished()
     deadline = time.monotonic() + seconds
     with contextlib.suppress(WireError):
       while self.committed < step and time.monotonic() < deadline:

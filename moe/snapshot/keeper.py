@@ -113,7 +113,7 @@ class Keeper:
             copy.status = "old"
         done.status, self.committed = "committed", step
         self.abandoned = {s for s in self.abandoned if s > step}
-      trainer = self._trainer if self.committed == step else None
+      trainer = self._trainer if done else None
     if trainer:
       with contextlib.suppress(WireError):
         trainer.send({"committed": step})

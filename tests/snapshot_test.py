@@ -12,14 +12,18 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
+from moe import config
+from moe.snapshot import client
 from moe.snapshot import copies
 from moe.snapshot import keeper as keeper_lib
 from moe.snapshot import leader as leader_lib
 from moe.snapshot import memory
 from moe.snapshot import parity
+from moe.snapshot import supervisor
 from moe.snapshot import wire
 from moe.snapshot.wire import WireError
 
@@ -690,6 +694,41 @@ def test_the_memory_outlives_its_writer():
   assert (region.bytes == 7).all() and len(region.bytes) == 12288
   with pytest.raises(OSError):
     os.ftruncate(region.fd, 100)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--multihost=auto"], "written out"), (["--multihost=127.0.0.1:1,2,0"], "needs --run_dir"),
+    (["--multihost=127.0.0.1:1,2,0", "--run_dir=/tmp/x"], "needs --token_file"),
+    (["--tls=a,b"], "is not CERTIFICATE,KEY,AUTHORITY"), (["--gin.Snapshot.parity_hosts=3"], "at most 2"),
+    (["--token_file=/nowhere"], "No such file"), (["--gin.Nonsense.x=1"], "Nonsense")])
+def test_a_users_mistake_is_one_line(flags, message, capsys, tmp_path):
+  assert supervisor.main(["--supervise", f"--run_dir={tmp_path}", *flags] if "--multihost=127.0.0.1:1,2,0" not in flags
+                         else ["--supervise", *flags]) == 2
+  said = capsys.readouterr().err
+  assert message in said and said.count("\n") == 1
+
+
+def test_a_state_that_does_not_fit_is_refused_with_the_sum():
+  limits = config.Snapshot()
+  lines = client.budget([1_000_000], limits)
+  assert "2 x (0.00" in lines[0] and "only from the checkpoints" in lines[-1]
+  with pytest.raises(config.ConfigError, match=r"2 x \(9.* GB of state .* set Snapshot.slots = 1"):
+    client.budget([int(9e14)], limits)
+  assert any("one slot" in line for line in client.budget([1000], config.Snapshot(slots=1)))
+
+
+def test_the_layout_stores_each_shard_once():
+  mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
+  def leaf(shape, *spec):
+    return jax.ShapeDtypeStruct(shape, np.float32, sharding=jax.NamedSharding(mesh, jax.P(*spec)))
+
+  tree = {"split": leaf((8, 6), "a", "b"), "copied": leaf((5,)), "half": leaf((4, 3), "b"), "empty": leaf((0, 2))}
+  found = client.layout(tree, 1)
+  assert sum(p.size for p in found.pieces) == 4 * (48 + 5 + 12)
+  assert [len([p for p in found.pieces if p.name == name]) for name in ("split", "copied", "half", "empty")] == [8, 1, 2, 1]
+  ends = [p.offset + p.size for p in found.pieces]
+  assert all(p.offset % 64 == 0 for p in found.pieces) and max(ends) <= found.sizes[0]
+  assert found.digest != client.layout(tree, 1, "another model").digest
 
 
 def test_too_much_memory_is_an_error_and_not_a_crash():

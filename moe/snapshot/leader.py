@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import json
-import pathlib
 import queue
 import socket
 import time
@@ -94,8 +93,7 @@ class Leader:
       say: prints a line.
     """
     self.settings, self._record, self._say = settings, record, say
-    self._status = pathlib.Path(run_dir) / "snapshots.json" if "://" not in str(run_dir) else None
-    self._checkpoints = epath.Path(run_dir) / "checkpoints"
+    self._status, self._checkpoints = epath.Path(run_dir) / "snapshots.json", epath.Path(run_dir) / "checkpoints"
     self._grouped = groups(settings.hosts, settings.group_hosts, settings.parity_hosts)
     self._parity = settings.parity_hosts if settings.hosts > 1 else 0
     self._inbox: queue.Queue[tuple[int, dict]] = queue.Queue()
@@ -303,14 +301,12 @@ class Leader:
 
   def _publish(self) -> None:
     """`snapshots.json` for tools.snapshot_status; nothing is ever restored from it."""
-    if self._status is None:
-      return
     state = {"generation": self.generation, "committed": self.committed, "time": round(time.time(), 3),
              "parity_hosts": self._parity, "hosts": self.settings.hosts,
              "groups": [{"hosts": g, "holding": [h for h in g if self._holding.get(h) == self.committed >= 0]}
                         for g in self._grouped]}
     try:
-      temporary = self._status.with_suffix(".tmp")
+      temporary = self._status.parent / "snapshots.tmp"
       temporary.write_text(json.dumps(state) + "\n")
       temporary.replace(self._status)
     except OSError as error:

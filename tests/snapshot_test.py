@@ -711,8 +711,8 @@ def test_a_users_mistake_is_one_line(flags, message, capsys, tmp_path):
 def test_a_state_that_does_not_fit_is_refused_with_the_sum():
   limits = config.Snapshot()
   lines = client.budget([1_000_000], limits)
-  assert "2 x (0.00" in lines[0] and "only from the checkpoints" in lines[-1]
-  with pytest.raises(config.ConfigError, match=r"2 x \(9.* GB of state .* set Snapshot.slots = 1"):
+  assert "2 x (1.0 MB of state" in lines[0] and "falls back to the checkpoints" in lines[-1]
+  with pytest.raises(config.ConfigError, match=r"2 x \(900,000.0 GB of state .* set Snapshot.slots = 1"):
     client.budget([int(9e14)], limits)
   assert any("one slot" in line for line in client.budget([1000], config.Snapshot(slots=1)))
 

@@ -92,23 +92,29 @@ def budget(sizes: list[int], limits: config.Snapshot) -> list[str]:
   code = parity.Code(len(group), limits.parity_hosts if len(group) > 1 else 0)
   shape = copies.geometry(code, max(sizes[h] for h in group))
   need, left = limits.slots * (shape.data_bytes + shape.parity_bytes), memory.available_bytes()
-  sum_text = (f"{limits.slots} x ({shape.data_bytes / 1e9:.3f} GB of state + {shape.parity_bytes / 1e9:.3f} GB of parity) = "
-              f"{need / 1e9:.3f} GB of the {left / 1e9:.1f} GB this host has left")
+  sum_text = (f"{limits.slots} x ({_size(shape.data_bytes)} of state + {_size(shape.parity_bytes)} of parity) = {_size(need)} "
+              f"of the {_size(left)} this host has left")
   if need > limits.memory_share * left:
+    half = "set Snapshot.slots = 1 (half; a kill during a copy then costs the memory tier), " if limits.slots == 2 else ""
     raise config.ConfigError(
-        f"snapshots do not fit: {sum_text}, Snapshot.memory_share = {limits.memory_share}; "
-        + ("set Snapshot.slots = 1 (half; a kill during a copy then costs the memory tier), " if limits.slots == 2 else "")
+        f"snapshots do not fit: {sum_text}, Snapshot.memory_share = {limits.memory_share}; {half}"
         + f"a larger Snapshot.group_hosts (parity is {code.m}/{code.k} of the state), or Snapshot.every_steps = 0")
-  lines = [f"snapshots: {sum_text}; every {limits.every_steps} steps, group of {code.n} host(s), {code.m} of them dispensable; "
-           f"{code.m * sizes[jax.process_index()] / 1e9:.3f} GB over the network for each"]
+  lines = [f"snapshots every {limits.every_steps} steps: {sum_text}"]
+  if code.m:
+    lines += [f"survive a trainer's death, and the loss of {code.m} of the {code.n} hosts of a group where the others",
+              "keep their memory: a single-slice TPU VM that is recreated does not, and resumes from the checkpoints (docs/faults.md);",
+              f"{_size(code.m * sizes[jax.process_index()])} sent by this host for each"]
+  else:
+    lines.append("survive a trainer's death; the loss of the host falls back to the checkpoints (docs/faults.md)")
   if limits.slots == 1:
     lines.append("WARNING: one slot: while a snapshot is copied there is none in memory, and a failure then falls back to the "
                  "checkpoints")
-  lines.append("survives: a trainer's death from memory"
-               + (f"; the loss of {code.m} host(s) of each group by decoding, where a replacement joins and the others keep "
-                  "their memory (several slices, GKE, bare hosts); a recreated single-slice TPU VM loses the memory of all "
-                  "hosts and resumes from the checkpoints" if code.m else "; the loss of a host only from the checkpoints"))
   return lines
+
+
+def _size(count: int) -> str:
+  """1.5 GB, or 1.5 MB below one."""
+  return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 class Found(NamedTuple):

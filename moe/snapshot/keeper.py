@@ -243,7 +243,7 @@ class Keeper:
         raise
       self.layout, self.sizes = layout, list(sizes)
     total = slots * (shape.data_bytes + shape.parity_bytes)
-    self._log(f"{total / 1e9:.3f} GB for {slots} copies in {time.monotonic() - begin:.2f} s")
+    self._log(f"{total / 1e6:,.1f} MB for {slots} copies, faulted in after {time.monotonic() - begin:.2f} s")
 
   def _forget(self) -> None:
     for copy in self.copies:

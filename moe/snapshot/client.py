@@ -101,9 +101,12 @@ def budget(sizes: list[int], limits: config.Snapshot) -> list[str]:
         + f"a larger Snapshot.group_hosts (parity is {code.m}/{code.k} of the state), or Snapshot.every_steps = 0")
   lines = [f"snapshots every {limits.every_steps} steps: {sum_text}"]
   if code.m:
-    lines += [f"survive a trainer's death, and the loss of {code.m} of the {code.n} hosts of a group where the others",
-              "keep their memory: a single-slice TPU VM that is recreated does not, and resumes from the checkpoints (docs/faults.md);",
-              f"{_size(code.m * sizes[jax.process_index()])} sent by this host for each"]
+    devices = jax.devices()
+    one_slice = devices[0].platform == "tpu" and len({getattr(d, "slice_index", 0) for d in devices}) == 1
+    lines += [f"survive a trainer's death, and the loss of {code.m} of the {code.n} hosts of a group; "
+              f"{_size(code.m * sizes[jax.process_index()])} sent by this host for each",
+              "one slice: where it is recreated as a whole, all memory goes with it and the checkpoints are next" if one_slice else
+              "the other hosts must keep their memory and a replacement join (docs/faults.md), else the checkpoints are next"]
   else:
     lines.append("survive a trainer's death; the loss of the host falls back to the checkpoints (docs/faults.md)")
   if limits.slots == 1:

@@ -105,7 +105,7 @@ def budget(sizes: list[int], limits: config.Snapshot) -> list[str]:
     one_slice = devices[0].platform == "tpu" and len({getattr(d, "slice_index", 0) for d in devices}) == 1
     lines += [f"survive a trainer's death, and the loss of {code.m} of the {code.n} hosts of a group; "
               f"{_size(code.m * sizes[jax.process_index()])} sent by this host for each",
-              "one slice: where it is recreated as a whole, all memory goes with it and the checkpoints are next" if one_slice else
+              "one slice: where it is recreated as a whole, all memory goes with it; the checkpoints are next" if one_slice else
               "the other hosts must keep their memory and a replacement join (docs/faults.md), else the checkpoints are next"]
   else:
     lines.append("survive a trainer's death; the loss of the host falls back to the checkpoints (docs/faults.md)")

@@ -133,6 +133,7 @@ def one_host(gb: float, repeats: int) -> dict:
     rows["orbax total"].append(time.perf_counter() - begin)
     resident.append(int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * memory.PAGE / 1e9)
   manager.close()
+  host.keeper._forget()
   del os.environ[command_line.SUPERVISED]
   middle = {name: statistics.median(values[1:] or values) for name, values in rows.items()}
   return {"gb": gb, "allocate": faulted, "fingerprint": fingerprint, "sweep": step_seconds, **middle,
@@ -169,6 +170,8 @@ def several_hosts(gb: float, hosts: int, m: int, repeats: int = 3) -> dict:
     time.sleep(0.3)
     for host in made:
       host.trainer.receive()  # what it says of the commit
+  for host in made:
+    host.keeper._forget()
   shape = copies.geometry(parity.Code(hosts, m), size)
   return {"gb": gb, "hosts": hosts, "m": m, "seconds": min(seconds), "sent_gb": hosts * m * size / 1e9,
           "memory_gb": 2 * hosts * (shape.data_bytes + shape.parity_bytes) / 1e9}
@@ -193,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
           f"{r['fingerprint']:.3f}; digested after {r['commit']:.3f} s | Orbax: "
           f"blocks {r['orbax block']:.3f} s, done after {r['orbax total']:.2f} s | "
           f"resident {r['resident_first_gb']:.2f} -> {r['resident_last_gb']:.2f} GB", flush=True)
-    for m in (1, 2):
+    for m in (1, 2) if 5 * gb * 1e9 < memory.available_bytes() else ():
       s = several_hosts(gb, arguments.hosts, m)
       found["several_hosts"].append(s)
       print(f"{gb:g} GB, {arguments.hosts} hosts on this machine, m = {m}: prepared {s['seconds']:.2f} s after the copy, "

@@ -93,6 +93,9 @@ def test_a_killed_trainer_resumes_from_memory(job, control):
   j = job(1, trainer="moe.train")
   j.wait_for_step(8)
   keeper = j.child(0, "keeper")
+  # When memory runs out the kernel takes the trainer.
+  scores = [int(open(f"/proc/{pid}/oom_score_adj").read()) for pid in (keeper, j.child(0, "trainer"))]
+  assert scores == [0, 800]
   assert j.kill(0)
   j.wait_for(lambda: j.events("restore"))
   assert j.child(0, "keeper") == keeper
@@ -238,6 +241,16 @@ def test_sigterm_saves_and_the_same_command_resumes(job, control, tmp_path):
   again.finish()
   assert again.events("restore")[-1]["step"] == step
   assert_as_if_nothing_had_happened(again, control(2))
+
+
+def test_control_c_saves_too(job):
+  """SIGINT reaches all processes of the terminal; one host."""
+  j = job(1)
+  j.wait_for_step(8)
+  os.killpg(j.supervisors[0].pid, signal.SIGINT)
+  j.finish(143)
+  step = j.events("preempted")[0]["step"]
+  assert (j.run_dir / "checkpoints" / str(step) / "digests").exists() and (j.run_dir / "PREEMPTED").exists()
 
 
 def test_a_straggler_is_waited_for_and_snapshots_are_skipped(job, control):

@@ -18,7 +18,7 @@ import pytest
 
 from moe import config
 from moe.snapshot import client
-from moe.snapshot import copies
+from moe.snapshot import decoding
 from moe.snapshot import keeper as keeper_lib
 from moe.snapshot import leader as leader_lib
 from moe.snapshot import memory
@@ -84,7 +84,7 @@ def test_any_m_hosts_may_be_lost(n, m):
       for segment, stripe in enumerate(code.stripes(victim)):
         blocks = [("data", h, data[h][code.stripes(h).index(stripe)]) for h in code.members(stripe) if h not in lost]
         blocks += [("parity", r, held[stripe, r]) for r, h in enumerate(code.holders(stripe)) if h not in lost]
-        found = copies.decoded(code, stripe, victim, blocks[: code.k])
+        found = decoding.decoded(code, stripe, victim, blocks[: code.k])
         np.testing.assert_array_equal(found, data[victim][segment])
 
 
@@ -555,26 +555,26 @@ def test_without_the_fold_the_decoded_share_alone_would_miss_it(cluster, monkeyp
 
   monkeypatch.setattr(parity, "accumulate", corrupt)
   monkeypatch.setattr(parity, "fold", lambda data: np.zeros(64, np.uint8))
-  monkeypatch.setattr(keeper_lib.Keeper, "_decode_some", lambda *_: None)
+  monkeypatch.setattr(decoding.Members, "check", lambda *_: None)
   assert all("prepared" in s for s in c.snapshot(1))
   monkeypatch.setattr(parity, "fold", folds)
 
 
 def test_the_decoded_share_catches_it_alone(cluster, monkeypatch):
   c = cluster(3, 1)
-  real, decode_some = parity.accumulate, keeper_lib.Keeper._decode_some
+  real, check = parity.accumulate, decoding.Members.check
 
   def corrupt(out, coefficient, data, how=None):
     real(out, coefficient, data, how)
     out[10] ^= len(out) > 64 and data[20]  # in every chunk
 
-  def honest(self, copy, epoch):
+  def honest(*arguments):
     monkeypatch.setattr(parity, "accumulate", real)
-    decode_some(self, copy, epoch)
+    check(*arguments)
 
   monkeypatch.setattr(parity, "accumulate", corrupt)
   monkeypatch.setattr(parity, "fold", lambda data: np.zeros(64, np.uint8))
-  monkeypatch.setattr(keeper_lib.Keeper, "_decode_some", honest)
+  monkeypatch.setattr(decoding.Members, "check", honest)
   said = c.snapshot(1)
   assert any("does not decode" in s.get("reason", "") for s in said), said
 

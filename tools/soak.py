@@ -44,7 +44,7 @@ def known_state(host: int, step: int, size: int) -> np.ndarray:
 def light_trainer(run_dir: str) -> int:
   """Steps of nothing, in lockstep with the other hosts through a shared file; snapshots as the real trainer takes them."""
   settings = json.loads(os.environ[command_line.SUPERVISED])
-  memory.die_with_parent()
+  memory.die_with_parent(settings["parent"])
   host, hosts, generation = settings["host"], settings["hosts"], settings["generation"]
   sizes = [200_000 + 10_000 * h for h in range(hosts)]
   link, slots, found = _attach(settings, sizes)

@@ -136,7 +136,8 @@ class Snapshots:
     self._link, self._slots, self._layout = None, [], None
     if not self.active:
       return
-    memory.die_with_parent()
+    memory.die_with_parent(self._settings["parent"])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor makes a SIGTERM of it, which saves
     with contextlib.suppress(OSError):  # when memory runs out the trainer goes, and not the snapshots
       pathlib.Path("/proc/self/oom_score_adj").write_text("800")
 

@@ -39,6 +39,10 @@ def geometry(code: parity.Code, largest: int) -> Geometry:
   return Geometry(code, chunk, -(-segment // chunk))
 
 
+class GivenUp(Exception):
+  """The step is not wanted any more."""
+
+
 class Copy:
   """One step of this host: its data, the parity it holds, and what the members said of theirs."""
 
@@ -69,6 +73,29 @@ class Copy:
     begin = row * self.shape.segment + i * self.shape.chunk
     return self.parity.bytes[begin : begin + self.shape.chunk]
 
+  def fold_in(self, held: int, i: int, coefficient: int, data: np.ndarray, fold: np.ndarray, epoch: int) -> bool | None:
+    """Adds a member's chunk to the parity held here.
+
+    Returns:
+      None while members are missing; with the last one, whether the parity as written folds to the sum of the folds.
+
+    Raises:
+      GivenUp: the copy is of another step by now.
+    """
+    target = self.parity_chunk(held, i)
+    with self.locks[(held * self.shape.chunks + i) % len(self.locks)]:
+      if self.epoch != epoch:
+        raise GivenUp("the step was given up")
+      if not self.arrived[held, i]:
+        target[:] = 0
+      parity.accumulate(target, coefficient, data)
+      parity.accumulate(self.folds[held, i], coefficient, fold)
+      self.arrived[held, i] += 1
+      if self.arrived[held, i] < self.shape.code.k:
+        return None
+      self.parity_table[held, i] = memory.digest(target)
+      return np.array_equal(parity.fold(target), self.folds[held, i])
+
   def set_record(self, header: str, table: np.ndarray) -> None:
     self.header, self.table, self.seal = header, table, seal(header, table)
 
@@ -89,12 +116,3 @@ def text_of(table: np.ndarray) -> str:
 
 def table_of(text: str) -> np.ndarray:
   return np.frombuffer(base64.b64decode(text), "<u8").astype(np.uint64)
-
-
-def decoded(code: parity.Code, stripe: int, wanted: int, blocks: list[tuple[str, int, np.ndarray]]) -> np.ndarray:
-  """Chunk of host `wanted` from k blocks (kind, index, bytes)."""
-  coefficients = code.recovery(stripe, wanted, [(kind, index) for kind, index, _ in blocks])
-  out = np.zeros(len(blocks[0][2]), np.uint8)
-  for coefficient, (_, _, data) in zip(coefficients, blocks):
-    parity.accumulate(out, coefficient, data)
-  return out

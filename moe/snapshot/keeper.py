@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-import random
 import resource
 import signal
 import socket
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from moe.snapshot import copies
+from moe.snapshot import decoding
 from moe.snapshot import memory
 from moe.snapshot import parity
 from moe.snapshot import wire
@@ -310,7 +310,7 @@ class Keeper:
           if not self._changed.wait(max(deadline - time.monotonic(), 0)) and time.monotonic() > deadline:
             raise WireError(f"the parity of step {step} is not complete after {_WAIT_SECONDS:.0f} s")
           self._current(copy, epoch)
-      self._decode_some(copy, epoch)
+      self._members().check(copy, self._place(), self.check_share)
       with self._changed:
         self._current(copy, epoch)
         copy.status = "prepared"
@@ -353,27 +353,6 @@ class Keeper:
     except (WireError, KeyError) as error:
       failures.append(f"to host {host}: {error}")
 
-  def _decode_some(self, copy: copies.Copy, epoch: int) -> None:
-    """Decodes a random share of the parity held here, for a random member each, and compares the digest."""
-    me = self.group.index(self.host)
-    for held, (stripe, row) in enumerate(self.code.rows(me)):
-      count = max(1, round(self.check_share * copy.shape.chunks))
-      for i in random.sample(range(copy.shape.chunks), min(count, copy.shape.chunks)):
-        victim = random.choice(self.code.members(stripe))
-        blocks = [("parity", row, copy.parity_chunk(held, i))]
-        for member in self.code.members(stripe):
-          if member != victim:
-            segment = self.code.stripes(member).index(stripe)
-            _, data = self._ask(self.group[member], {"do": "get", "step": copy.step, "kind": "data", "segment": segment,
-                                                     "chunk": i})
-            blocks.append(("data", member, data))
-        decoded = copies.decoded(self.code, stripe, victim, blocks)
-        segment = self.code.stripes(victim).index(stripe)
-        expected = copy.records[victim][1][segment * copy.shape.chunks + i]
-        if memory.digest(decoded) != int(expected):
-          raise WireError(f"parity of stripe {stripe} on host {self.host} does not decode to the data of host "
-                          f"{self.group[victim]}")
-
   # -------------------------------------------------------------------------------------------------------------- peers
 
   def _admit(self, hello: dict) -> str | None:
@@ -412,6 +391,9 @@ class Keeper:
       raise
     self._links[host] = link
     return answer, payload.copy()
+
+  def _members(self) -> decoding.Members:
+    return decoding.Members(self.code, self.group, self._ask)
 
   def _place(self) -> int:
     return self.group.index(self.host)
@@ -504,20 +486,12 @@ class Keeper:
     segment = self.code.stripes(place).index(stripe)
     if memory.digest(data) != int(copy.records[place][1][segment * copy.shape.chunks + i]):
       raise WireError(f"chunk {i} is not the one in the member's digest table")
-    coefficient, target = self.code.coefficient(row, stripe, place), copy.parity_chunk(held, i)
-    with copy.locks[(held * copy.shape.chunks + i) % len(copy.locks)]:
-      if copy.epoch != epoch:
-        raise WireError("the step was given up")
-      if not copy.arrived[held, i]:
-        target[:] = 0
-      parity.accumulate(target, coefficient, data)
-      parity.accumulate(copy.folds[held, i], coefficient, np.frombuffer(bytes.fromhex(message["fold"]), np.uint8))
-      copy.arrived[held, i] += 1
-      last = copy.arrived[held, i] == self.code.k
-      if last:
-        good = np.array_equal(parity.fold(target), copy.folds[held, i])
-        copy.parity_table[held, i] = memory.digest(target)
-    if last:
+    fold = np.frombuffer(bytes.fromhex(message["fold"]), np.uint8)
+    try:
+      good = copy.fold_in(held, i, self.code.coefficient(row, stripe, place), data, fold, epoch)
+    except copies.GivenUp as error:
+      raise WireError(str(error)) from error
+    if good is not None:
       with self._changed:
         if not good:
           copy.failure = f"the parity written for step {copy.step} on host {self.host} is wrong"
@@ -545,7 +519,7 @@ class Keeper:
     bad = np.flatnonzero(found != copy.table).tolist()
     for c in bad:
       segment, i = divmod(c, copy.shape.chunks)
-      copy.chunk(segment, i)[:] = self._decode(copy, self.code.stripes(me)[segment], me, i)
+      copy.chunk(segment, i)[:] = self._members().chunk(step, self.code.stripes(me)[segment], me, i)
       if memory.digest(copy.chunk(segment, i)) != int(copy.table[c]):
         raise WireError(f"chunk {c} of step {step} does not decode to its digest")
     return copy, len(bad)
@@ -564,27 +538,6 @@ class Keeper:
         problems.append(str(error))
     raise WireError(f"nobody has host {self.host}'s digests of step {step}: {'; '.join(problems) or 'it has no group'}")
 
-  def _decode(self, copy: copies.Copy, stripe: int, wanted: int, i: int) -> np.ndarray:
-    """One chunk of a member from k others of the stripe; a holder whose block is damaged refuses it."""
-    blocks, problems = [], []
-    for member in self.code.members(stripe):
-      if member != wanted:
-        segment = self.code.stripes(member).index(stripe)
-        blocks += self._block(problems, "data", member, self.group[member], step=copy.step, segment=segment, chunk=i)
-    for row, holder in enumerate(self.code.holders(stripe)):
-      if len(blocks) < self.code.k:
-        blocks += self._block(problems, "parity", row, self.group[holder], step=copy.step, stripe=stripe, row=row, chunk=i)
-    if len(blocks) < self.code.k:
-      raise WireError(f"{len(blocks)} of {self.code.k} blocks of stripe {stripe} are left: {'; '.join(problems)}")
-    return copies.decoded(self.code, stripe, wanted, blocks)
-
-  def _block(self, problems: list[str], kind: str, index: int, host: int, **fields):
-    try:
-      return [(kind, index, self._ask(host, {"do": "get", "kind": kind, **fields})[1])]
-    except WireError as error:
-      problems.append(str(error))
-      return []
-
   # -------------------------------------------------------------------------------------------------------------- status
 
   def status(self) -> dict[str, Any]:
@@ -600,7 +553,7 @@ def main() -> None:
   """`keeper FD`: the supervisor's socket; settings are its first message, so that no secret is in a command line."""
   control = Link(socket.socket(fileno=int(sys.argv[1])), None)
   settings, _ = control.receive()
-  memory.die_with_parent()
+  memory.die_with_parent(settings["parent"])
   signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to the whole group; it ends when the supervisor does
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the state of a model is not for core dumps

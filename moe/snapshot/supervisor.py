@@ -158,7 +158,8 @@ class Supervisor:
     theirs.close()
     link, process = Link(ours, None), self._keeper
     self._keeper_link = link
-    link.send({"token": self._token.hex(), "address": address, "socket": f"{self._folder}/keeper", "tls": self._tls_files})
+    link.send({"token": self._token.hex(), "address": address, "socket": f"{self._folder}/keeper", "tls": self._tls_files,
+               "parent": os.getpid()})
 
     def read() -> None:
       with contextlib.suppress(WireError):
@@ -172,7 +173,7 @@ class Supervisor:
   def _start_trainer(self, message: dict) -> None:
     step = message["step"]
     settings = {"socket": f"{self._folder}/keeper", "generation": message["generation"], "step": step, "host": self.host,
-                "hosts": self.hosts}
+                "hosts": self.hosts, "parent": os.getpid()}
     command = [*self._command, f"--resume={self._resume}"]
     self._resume = "auto"  # "never" and "must" are about the first start
     if self.hosts > 1:

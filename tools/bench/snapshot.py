@@ -105,7 +105,7 @@ def one_host(gb: float, repeats: int) -> dict:
   folder = tempfile.mkdtemp(prefix="moe-bench-")
   host = cluster(folder, 1, 0)[0]
   os.environ[command_line.SUPERVISED] = json.dumps({"socket": host.path, "generation": 1, "step": None, "host": 0, "hosts": 1,
-                                                    "beat_fd": -1})
+                                                    "beat_fd": -1, "parent": os.getppid()})
   run = gin_config.resolve([gin_config.CONFIGS / "run" / "quickstart.gin"]).run
   snapshots = client.Snapshots()
   snapshots._every = 1

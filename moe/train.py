@@ -229,6 +229,8 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
       with clock.measure("snapshot"):  # none while the loss is not finite: a rewind should go before that
         for name, fields in [] if bad_steps else snapshots.take(done, state, loader.state, due=preempted):
           recorder.event(name, step=done, **fields)
+          if name == "unprotected":
+            recorder.alarm(f"no snapshot of step {done}: {fields['reason']}", step=done)
       if preempted:
         save(done)
         for problem in saver.wait():

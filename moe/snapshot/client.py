@@ -219,19 +219,23 @@ class Snapshots:
     Raises:
       checkpoint.CheckpointError: it is not; the persistent tier is next.
     """
-    found = self._restorable
+    found, problem = self._restorable, ""
     try:
       if found["committed"] is None or found["step"] != self.offered_step():
         raise WireError(f"the snapshot process holds step {found['step']}, not {self.offered_step()}")
       header = json.loads(found["header"])
+      fingerprints, data = header["fingerprints"], header["data"]
       state = self._read(abstract, self._slots[found["committed"]], found["step"])
-      wrong = [name for name, value in checkpoint.digests(state).items() if header["fingerprints"].get(name) != value]
     except (WireError, ValueError, KeyError) as error:
-      raise checkpoint.CheckpointError(f"the snapshot of step {self.offered_step()} cannot be read: {error}") from error
+      problem = str(error)
+    if not min(_all_hosts(int(not problem))):  # all hosts go on, or none: what follows is computed by all together
+      raise checkpoint.CheckpointError(f"the snapshot of step {self.offered_step()} cannot be read: "
+                                       f"{problem or 'another host has no part of it'}")
+    wrong = [name for name, value in checkpoint.digests(state).items() if fingerprints.get(name) != value]
     if wrong:
       raise checkpoint.CheckpointError(f"the snapshot of step {found['step']} is not what was saved: {', '.join(wrong[:3])}")
     self.committed = found["step"]
-    return Found(found["step"], state, header["data"])
+    return Found(found["step"], state, data)
 
   def rewound(self, abstract: Any) -> Found | None:
     """The last committed snapshot again, for a replay within this process; None where there is none."""
@@ -355,7 +359,8 @@ class Snapshots:
 
   def _lost(self, error: Exception) -> str:
     """The snapshot process died: training goes on, and its successor is looked for at the next snapshot."""
-    self._link.close()
+    if self._link:
+      self._link.close()
     self._link = None
     return str(error)
 

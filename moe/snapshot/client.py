@@ -218,16 +218,18 @@ class Snapshots:
 
     Raises:
       checkpoint.CheckpointError: it is not; the persistent tier is next.
+      WireError: a snapshot process was lost meanwhile; the whole job starts again.
     """
-    found, problem = self._restorable, ""
+    found = self._restorable
+    if found["committed"] is None or found["step"] != self.offered_step():
+      # It died after the proof. A new round decodes what it held, so this is no case for the checkpoints.
+      raise WireError(f"the snapshot process holds step {found['step']}, not {self.offered_step()} any more")
+    state, problem = self._read(abstract, self._slots[found["committed"]], found["step"]), ""
     try:
-      if found["committed"] is None or found["step"] != self.offered_step():
-        raise WireError(f"the snapshot process holds step {found['step']}, not {self.offered_step()}")
       header = json.loads(found["header"])
       fingerprints, data = header["fingerprints"], header["data"]
-      state = self._read(abstract, self._slots[found["committed"]], found["step"])
-    except (WireError, ValueError, KeyError) as error:
-      problem = str(error)
+    except (ValueError, KeyError) as error:
+      problem = repr(error)
     if not min(_all_hosts(int(not problem))):  # all hosts go on, or none: what follows is computed by all together
       raise checkpoint.CheckpointError(f"the snapshot of step {self.offered_step()} cannot be read: "
                                        f"{problem or 'another host has no part of it'}")

@@ -116,6 +116,19 @@ def test_a_checkpoint_is_good_when_it_was_read_back(tmp_path, run, state):
   assert problems == ["checkpoint 2 does not read back as it was saved: params.embedding"] and not two.good(2)
 
 
+def test_hosts_that_see_different_steps_choose_the_same(monkeypatch):
+  """One listing fails, or is late: what not all have is nobody's choice."""
+  def rows(mine):
+    other = np.full_like(mine, -1)
+    other[:2] = [5, 10]
+    return np.stack([mine, other])
+
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(checkpoint.multihost_utils, "process_allgather", rows)
+  assert checkpoint._on_all_hosts([5, 10, 15]) == [5, 10]
+  assert checkpoint._on_all_hosts([15]) == [] and checkpoint._on_all_hosts([]) == []
+
+
 @pytest.mark.slow
 def test_a_hundred_flipped_bits_in_the_files(tmp_path, run, state):
   """At random places of all array files: noticed, or the values read are the same (bytes nobody reads)."""

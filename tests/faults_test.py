@@ -6,6 +6,7 @@ Every row is one of docs/faults.md's table; what goes on afterwards is compared 
 
 import json
 import os
+import pathlib
 import signal
 import time
 
@@ -123,6 +124,37 @@ def test_a_kill_in_every_phase(job, control, phase, tmp_path):
   j.finish()
   assert len(j.events("failure")) == (2 if phase == "restore" else 1) and "signal 9" in j.events("failure")[0]["kind"]
   assert_as_if_nothing_had_happened(j, control(2, {"Checkpoint.every_steps": 9}))
+
+
+def test_out_of_memory_takes_the_trainer_alone(job):
+  """Row 12: trainer and snapshot process in one control group whose limit is reached."""
+  groups = pathlib.Path("/sys/fs/cgroup/memory")
+  limit = "memory.limit_in_bytes"
+  if not groups.exists():
+    groups, limit = pathlib.Path("/sys/fs/cgroup"), "memory.max"
+  group = groups / f"moe-test-{os.getpid()}"
+  try:
+    group.mkdir()
+    (group / limit).read_text()
+  except OSError as error:
+    pytest.skip(f"no control group can be made here: {error}")
+  j = job(1, {"Train.steps": 2000})
+  try:
+    j.wait_for_step(8)
+    keeper = j.child(0, "keeper")
+    for pid in (keeper, j.child(0, "trainer")):
+      (group / "cgroup.procs").write_text(str(pid))
+    (group / limit).write_text(str(2 << 20))
+    failure = j.wait_for(lambda: j.events("failure"))[0]
+    assert failure["kind"] == "signal 9" and j.child(0, "keeper") == keeper
+    (group / limit).write_text("-1" if "limit_in" in limit else "max")
+    j.wait_for(lambda: j.events("restore"))
+    assert_recovered(j, "memory", 6)
+    assert j.child(0, "keeper") == keeper
+  finally:
+    j.close()
+    time.sleep(0.5)
+    group.rmdir()
 
 
 def test_an_exception_ends_the_job_at_once(job):

@@ -168,11 +168,13 @@ def soak(kills: int, hosts: int, parity: int, seed: int, run_dir: str) -> dict:
           lost |= set(gone)
         if struck and rng.random() < 0.7:
           break
-      tiers = [e for e in settled(job, at) if e["event"] == "recovery"]
-      outcome = tiers[-1]["tier"] if tiers else "no restart"
-      if outcome == "persistent" and len(lost) <= parity:
-        wrong.append(f"kills {struck} of hosts {lost} lost step {committed}")
-      if tiers and "persistent" not in [t["tier"] for t in tiers] and tiers[0]["step"] < committed:
+      new = settled(job, at)
+      tiers = [e for e in new if e["event"] == "recovery"]
+      fresh = any(e["event"] == "trainers" and e["step"] is None for e in new)  # nothing of what was committed came back
+      outcome = "from the start" if fresh else tiers[-1]["tier"] if tiers else "no restart"
+      if fresh and len(lost) <= parity:
+        wrong.append(f"kills {struck} of hosts {sorted(lost)} lost step {committed}")
+      if not fresh and tiers and tiers[0]["step"] < committed:
         wrong.append(f"kills {struck} went back to step {tiers[0]['step']} from {committed}")
       for what, now in struck:
         table[what, now, f"{outcome}{'' if len(struck) == 1 else ', several kills'}"] += 1

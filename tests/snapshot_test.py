@@ -4,7 +4,9 @@ import contextlib
 import itertools
 import json
 import os
+import pathlib
 import queue
+import shutil
 import socket
 import struct
 import subprocess
@@ -389,16 +391,17 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(tmp_path, request):
-  made = []
+def cluster():
+  made, folder = [], pathlib.Path(wire.socket_folder())
 
   def make(n, m, **options):
-    made.append(Cluster(tmp_path, n, m, **options))
+    made.append(Cluster(folder, n, m, **options))
     return made[-1]
 
   yield make
   for one in made:
     one.close()
+  shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("n, m, lost", [(2, 1, (0,)), (4, 1, (2,)), (4, 2, (0, 3)), (5, 2, (1, 2)), (3, 2, (0, 1))])
@@ -729,6 +732,16 @@ def test_the_layout_stores_each_shard_once():
   ends = [p.offset + p.size for p in found.pieces]
   assert all(p.offset % 64 == 0 for p in found.pieces) and max(ends) <= found.sizes[0]
   assert found.digest != client.layout(tree, 1, "another model").digest
+
+
+def test_a_long_temporary_folder_is_no_problem(tmp_path, monkeypatch):
+  long = tmp_path / ("x" * 100)
+  long.mkdir()
+  monkeypatch.setattr("tempfile.tempdir", str(long))
+  folder = wire.socket_folder()
+  with socket.socket(socket.AF_UNIX) as server:
+    server.bind(f"{folder}/keeper")
+  shutil.rmtree(folder)
 
 
 def test_too_much_memory_is_an_error_and_not_a_crash():

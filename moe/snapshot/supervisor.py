@@ -15,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from typing import Any
@@ -114,7 +113,7 @@ class Supervisor:
     self.run_dir.mkdir(parents=True, exist_ok=True)
     self._command, self._resume = [*trainer_command, f"--run_dir={self.run_dir}"], arguments.resume
     self._events: queue.Queue[tuple[str, Any]] = queue.Queue()
-    self._folder = tempfile.mkdtemp(prefix="moe-")  # 0700
+    self._folder = wire.socket_folder()
     self._generation, self._trainer, self._keeper_address, self._terminated = 0, None, None, False
     self._leader_address = (address, int(port))
     if self.host == 0:

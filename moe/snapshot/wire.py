@@ -16,6 +16,7 @@ import socket
 import ssl
 import stat
 import struct
+import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -129,6 +130,15 @@ def _broken():
     yield
   except (OSError, ValueError) as error:  # ValueError: closed by another thread
     raise WireError(f"the connection broke: {error}") from error
+
+
+def socket_folder() -> str:
+  """A new folder, 0700, for a Unix socket, whose path may have 107 bytes only."""
+  folder = tempfile.mkdtemp(prefix="moe-")
+  if len(folder) > 80:
+    os.rmdir(folder)
+    folder = tempfile.mkdtemp(prefix="moe-", dir="/tmp")
+  return folder
 
 
 # ---------------------------------------------------------------------------------------------------------- handshake

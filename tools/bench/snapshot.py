@@ -15,7 +15,6 @@ import pathlib
 import queue
 import socket
 import statistics
-import tempfile
 import threading
 import time
 
@@ -102,7 +101,7 @@ def one_host(gb: float, repeats: int) -> dict:
   """Snapshots and Orbax saves of one state, by turns."""
   state = state_of(gb)
   step_seconds = best(lambda: jax.block_until_ready(jax.tree.map(lambda x: x + 1, state)), 2)
-  folder = tempfile.mkdtemp(prefix="moe-bench-")
+  folder = wire.socket_folder()
   host = cluster(folder, 1, 0)[0]
   os.environ[command_line.SUPERVISED] = json.dumps({"socket": host.path, "generation": 1, "step": None, "host": 0, "hosts": 1,
                                                     "beat_fd": -1, "parent": os.getppid()})
@@ -142,7 +141,7 @@ def one_host(gb: float, repeats: int) -> dict:
 
 def several_hosts(gb: float, hosts: int, m: int, repeats: int = 3) -> dict:
   """All hosts' keepers on this machine: from `ready` on all to `prepared` on all."""
-  folder = tempfile.mkdtemp(prefix="moe-bench-")
+  folder = wire.socket_folder()
   made, size = cluster(folder, hosts, m), round(gb * 1e9 / hosts)
   seconds = []
   for number, host in enumerate(made):

@@ -365,6 +365,11 @@ class Cluster:
         time.sleep(0.002)
     return said
 
+  def wait_for_the_end_of(self, step):
+    """Until all hosts know that a step was given up."""
+    while any(step not in host.keeper.abandoned for host in self.hosts):
+      time.sleep(0.005)
+
   def tell(self, message):
     for host in self.hosts:
       host.control.send(message)
@@ -604,8 +609,7 @@ def test_a_step_that_somebody_skips_is_given_up_by_all(cluster):
   for host in c.hosts[:2]:
     host.write(2, c.data[2][host.number])
   c.tell({"do": "abandon", "step": 2})
-  while any(2 not in h.keeper.abandoned for h in c.hosts):
-    time.sleep(0.005)
+  c.wait_for_the_end_of(2)
   assert all("prepared" in s for s in c.snapshot(3))
   assert c.recover(3)[0].get("verified") == 3 and c.is_whole(3)
 
@@ -621,8 +625,7 @@ def test_a_peer_that_says_nothing_costs_a_snapshot_and_no_more(cluster):
     assert "timed out" in next(s["reason"] for s in said if s.get("reason") != "given up")
     assert time.monotonic() - begin < 2 * wire._HANDSHAKE_SECONDS + 5
   assert all(1 in inventory["steps"] for inventory in c.configure())
-  while any(2 not in h.keeper.abandoned for h in c.hosts):
-    time.sleep(0.005)
+  c.wait_for_the_end_of(2)
   assert all("prepared" in s for s in c.snapshot(3))
 
 
@@ -638,8 +641,7 @@ def test_a_link_that_breaks_in_the_middle_is_the_same(cluster, monkeypatch):
 
   monkeypatch.setattr(wire.Link, "send", send)
   assert any("skipped" in s for s in c.snapshot(2))
-  while any(2 not in h.keeper.abandoned for h in c.hosts):
-    time.sleep(0.005)
+  c.wait_for_the_end_of(2)
   assert all("prepared" in s for s in c.snapshot(3))
   assert c.recover(3)[0].get("verified") == 3 and c.is_whole(3)
 

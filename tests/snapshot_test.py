@@ -293,8 +293,7 @@ class Host:
     sock.connect(self.path)
     self.trainer, self.generation = wire.Link(sock, 20), generation
     self.answer = self.ask({"do": "attach", "layout": "L", "sizes": sizes, "slots": slots})
-    _, fds, _, _ = socket.recv_fds(sock, 1, self.answer["slots"])
-    self.slots = [memory.mapped(fd) for fd in fds]
+    self.slots = memory.received(sock, self.answer["slots"])
 
   def ask(self, message):
     self.trainer.send({**message, "generation": self.generation})

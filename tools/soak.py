@@ -103,8 +103,7 @@ def _attach(settings: dict, sizes: list[int]):
   sock.connect(settings["socket"])
   link = Link(sock, 60.0)
   answer = _ask(link, settings["generation"], {"do": "attach", "layout": "soak", "sizes": sizes, "slots": 2})
-  _, fds, _, _ = socket.recv_fds(sock, 1, answer["slots"])
-  return link, [memory.mapped(fd) for fd in fds], answer
+  return link, memory.received(sock, answer["slots"]), answer
 
 
 # ---------------------------------------------------------------------------------------------------------------- the soak

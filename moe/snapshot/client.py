@@ -188,10 +188,7 @@ class Snapshots:
   def _reserve(self) -> None:
     answer, _ = self._ask({"do": "attach", "layout": self._layout.digest, "sizes": self._layout.sizes,
                            "slots": self._limits.slots})
-    _, fds, _, _ = socket.recv_fds(self._link.sock, 1, answer["slots"])
-    self._slots = [memory.mapped(fd) for fd in fds]
-    for fd in fds:
-      os.close(fd)
+    self._slots = memory.received(self._link.sock, answer["slots"])
     self._restorable = answer
 
   def _ask(self, message: dict):

@@ -11,6 +11,7 @@ import mmap
 import os
 import pathlib
 import signal
+import socket
 
 import numpy as np
 import xxhash
@@ -50,6 +51,15 @@ def mapped(fd: int) -> np.ndarray:
   """[size] uint8, the whole of a memfd, writable."""
   buffer = mmap.mmap(fd, os.fstat(fd).st_size, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
   return np.frombuffer(buffer, np.uint8)
+
+
+def received(sock: socket.socket, count: int) -> list[np.ndarray]:
+  """The memories of `count` memfds that the other side of a Unix socket hands over."""
+  _, fds, _, _ = socket.recv_fds(sock, 1, count)
+  found = [mapped(fd) for fd in fds]
+  for fd in fds:
+    os.close(fd)
+  return found
 
 
 def digest(data) -> int:

@@ -149,8 +149,7 @@ def several_hosts(gb: float, hosts: int, m: int, repeats: int = 3) -> dict:
     sock.connect(host.path)
     host.trainer = Link(sock, 120)
     answer, _ = host.trainer.ask({"do": "attach", "layout": "L", "sizes": [size] * hosts, "slots": 2, "generation": 1})
-    _, fds, _, _ = socket.recv_fds(sock, 1, answer["slots"])
-    host.slots = [memory.mapped(fd) for fd in fds]
+    host.slots = memory.received(sock, answer["slots"])
     host.source = np.random.default_rng(number).integers(0, 256, size, np.uint8)
   for step in range(1, repeats + 1):
     for host in made:

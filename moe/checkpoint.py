@@ -19,6 +19,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -29,12 +30,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moe import config
+from moe import stored
+from moe.errors import UserError
 
 _CHUNK_BYTES = 64 << 20  # a reader of one expert need not read the whole stack
 _TEMPORARY = "*.orbax-checkpoint-tmp"
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
   """A checkpoint that is missing, damaged or of another model; one line of cause and remedy."""
 
 
@@ -153,13 +156,12 @@ class Checkpointer:
     if step in self.steps():
       return problems
     self._stop_reading()  # it is slower than the saves come
-    side = {"data": copy.deepcopy(data), "config": {"run": config.to_dict(run), "operative": operative},
-            "digests": digests(state)}
+    side = {"data": copy.deepcopy(data), "digests": digests(state),
+            "config": {"format": stored.FORMAT, "run": config.to_dict(run), "operative": operative}}
     side = json.loads(json.dumps(side))
     side["digests"] = {"leaves": side["digests"], "sides": {key: _seal(side[key]) for key in ("data", "config")}}
     arguments = ocp.args.Composite(
-        state=ocp.args.PyTreeSave(state, save_args=jax.tree.map(
-            lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state)),
+        state=_save_arguments(state),
         **{key: ocp.args.JsonSave(value) for key, value in side.items()})
     try:
       if not self._manager.save(step, args=arguments):
@@ -240,6 +242,59 @@ class Checkpointer:
     if jax.process_index() == 0:
       for path in self._folder.glob(_TEMPORARY):
         shutil.rmtree(path, ignore_errors=True) if "://" not in str(path) else path.rmtree()
+
+
+def write(folder, source: stored.Source, run: config.Run | dict, chunk_bytes: int = _CHUNK_BYTES) -> None:
+  """A step directory from arrays that need not fit into memory: each goes through a file first, then Orbax saves all.
+
+  Args:
+    folder: `<run_dir>/checkpoints/<step>`; must not exist.
+    source: the arrays, names as in a state of ours.
+    run: the config kept beside them.
+    chunk_bytes: largest chunk of an array.
+
+  Raises:
+    CheckpointError: the folder exists.
+  """
+  folder = epath.Path(folder)
+  if folder.exists():
+    raise CheckpointError(f"{folder} exists; nothing is overwritten, choose another place")
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  local = None if "://" in str(folder) else folder.parent
+  state, sums = {}, {}
+  with tempfile.TemporaryDirectory(dir=local, prefix="writing-") as spool:
+    for i, (name, leaf) in enumerate(source.leaves.items()):
+      sums[name], array = _spooled(source, leaf, f"{spool}/{i}")
+      *parents, last = name.split(".")
+      functools.reduce(lambda tree, key: tree.setdefault(key, {}), parents, state)[last] = array
+    kept = run if isinstance(run, dict) else config.to_dict(run)
+    side = {"data": {}, "config": {"format": stored.FORMAT, "run": kept, "operative": ""}}
+    side = json.loads(json.dumps(side))
+    side["digests"] = {"leaves": sums, "sides": {key: _seal(side[key]) for key in ("data", "config")}}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+      checkpointer.save(folder, args=ocp.args.Composite(
+          state=_save_arguments(state, chunk_bytes), **{key: ocp.args.JsonSave(value) for key, value in side.items()}))
+
+
+def _spooled(source: stored.Source, leaf: stored.Leaf, path: str) -> tuple[str, np.ndarray]:
+  """(digest, the leaf as an array whose memory is a file)."""
+  dtype = stored.dtype_of(leaf.dtype)
+  if not leaf.size:
+    return stored.digest(iter(())), np.zeros(leaf.shape, dtype)
+  array = np.memmap(path, dtype, "w+", shape=leaf.shape or (1,))
+
+  def passing():
+    for begin, block in stored.blocks(source, leaf.name):
+      array[tuple(slice(b, b + n) for b, n in zip(begin, block.shape)) if leaf.shape else 0] = block
+      yield begin, block
+
+  found = stored.digest(passing())
+  array.flush()
+  return found, np.asarray(array if leaf.shape else array[0])
+
+
+def _save_arguments(state: Any, chunk_bytes: int = _CHUNK_BYTES):
+  return ocp.args.PyTreeSave(state, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), state))
 
 
 class _Damaged(Exception):

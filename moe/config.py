@@ -11,10 +11,12 @@ import math
 import typing
 from typing import Any
 
+from moe.errors import UserError
+
 _dataclass = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
   """A configuration that cannot work; the message names the field, the value and the remedy."""
 
 

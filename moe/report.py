@@ -17,12 +17,13 @@ from matplotlib import pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 from moe import jsonl  # noqa: E402
+from moe.errors import UserError  # noqa: E402
 from moe.routing import analysis  # noqa: E402
 
 _SNAPSHOTS = 4  # points in time of the load heatmap
 
 
-class ReportError(Exception):
+class ReportError(UserError):
   """A directory that is not a run, or has no records yet."""
 
 

@@ -7,11 +7,11 @@ from tools import update_build
 ROOT = pathlib.Path(update_build.__file__).parents[1]
 
 # The rooms, lowest first: a file imports only from rooms before its own (or from its own folder).
-ORDER = ["moe/__init__.py", "moe/config.py", "moe/gin_config.py", "moe/command_line.py", "moe/hardware.py",
+ORDER = ["moe/__init__.py", "moe/errors.py", "moe/config.py", "moe/gin_config.py", "moe/command_line.py", "moe/hardware.py",
          "moe/sizes.py", "moe/jsonl.py", "moe/metrics.py",
          "moe/sharding.py", "moe/kernels/", "moe/routing/", "moe/layers.py", "moe/data/", "moe/exchange.py", "moe/hooks.py",
          "moe/experts.py", "moe/model.py",
-         "moe/schedules.py", "moe/optimizer.py", "moe/step.py", "moe/stored.py", "moe/checkpoint.py",
+         "moe/schedules.py", "moe/optimizer.py", "moe/step.py", "moe/stored.py", "moe/hugging_face.py", "moe/checkpoint.py",
          "moe/snapshot/", "moe/evaluate.py", "moe/generate.py",
          "moe/report.py", "moe/train.py", "tools/", "tests/"]
 

@@ -13,8 +13,10 @@ import time
 import pytest
 
 from moe import jsonl
+from moe import stored
 from moe.data import embedded
 from moe.data import records
+from moe.snapshot import reader
 from tools import local_job
 from tools.local_job import Job
 
@@ -110,6 +112,8 @@ def test_a_killed_trainer_of_two(job, control, victim):
   """Rows 1 and 2: any trainer, and process 0, which JAX's coordinator lives in."""
   j = job(2)
   j.wait_for_step(8)
+  live = reader.Live(j.run_dir)
+  assert live.fingerprints == {name: stored.digest(stored.blocks(live, name)) for name in live.leaves}
   assert j.kill(victim)
   j.finish()
   assert_recovered(j, "memory", 6)

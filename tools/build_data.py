@@ -20,7 +20,7 @@ from moe.data import embedded
 from moe.data import records
 from moe.data import tokenizers
 from moe.data.records import DataError, Document
-from tools import restore
+from tools import terminal
 
 
 def read_documents(path: str, kind: str, field: str, domain: str) -> Iterator[Document]:
@@ -132,9 +132,5 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
-def console() -> None:
-  restore.console(main)
-
-
 if __name__ == "__main__":
-  console()
+  terminal.run(main)

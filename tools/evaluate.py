@@ -12,6 +12,7 @@ from moe import config
 from moe import evaluate
 from moe import step as step_lib
 from tools import restore
+from tools import terminal
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,9 +49,5 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
-def console() -> None:
-  restore.console(main)
-
-
 if __name__ == "__main__":
-  console()
+  terminal.run(main)

@@ -23,6 +23,7 @@ from moe import model as model_lib
 from moe.config import ConfigError
 from moe.data import evaluation
 from tools import restore
+from tools import terminal
 
 _NEVER = np.iinfo(np.int64).max
 
@@ -188,9 +189,5 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
-def console() -> None:
-  restore.console(main)
-
-
 if __name__ == "__main__":
-  console()
+  terminal.run(main)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from moe import report
-from tools import restore
+from tools import terminal
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,9 +15,5 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
-def console() -> None:
-  restore.console(main)
-
-
 if __name__ == "__main__":
-  console()
+  terminal.run(main)

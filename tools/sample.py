@@ -11,6 +11,7 @@ from rich import text as rich_text
 
 from moe import generate
 from tools import restore
+from tools import terminal
 
 
 def expert_color(expert: int, count: int) -> str:
@@ -60,9 +61,5 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
-def console() -> None:
-  restore.console(main)
-
-
 if __name__ == "__main__":
-  console()
+  terminal.run(main)

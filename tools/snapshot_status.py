@@ -15,6 +15,7 @@ from rich import console as rich_console
 from rich import table as rich_table
 
 from moe import jsonl
+from moe import stored
 
 
 def goodput(events: list[dict], now: float | None = None) -> dict[str, float]:
@@ -71,16 +72,11 @@ def status(run_dir) -> dict | None:
     missing = [len(g["hosts"]) - len(g["holding"]) for g in live["groups"]]
     allowed = live["parity_hosts"] if live["hosts"] > 1 else 0
     protection = "full" if not any(missing) else "degraded" if max(missing) <= allowed else "lost"
-  steps = [p for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit()] if (run_dir / "checkpoints").exists() else []
   return {"run_dir": str(run_dir), "ended": ended, "protection": protection, "snapshots": live, "counts": count,
           "last_failure": next((e for e in reversed(events) if e["event"] == "failure"), None),
           "recoveries": [{"tier": e["tier"], "step": e["step"]} for e in events if e["event"] == "recovery"],
-          "checkpoints": {int(p.name): _read_back(p) for p in sorted(steps, key=lambda p: int(p.name))},
+          "checkpoints": {int(p.name): stored.read_back(p) for p in reversed(stored.steps(run_dir))},
           "goodput": goodput(events, None if ended else time.time())}
-
-
-def _read_back(folder) -> str:
-  return next((mark for mark in ("bad", "good") if list(folder.glob(f"{mark}.*"))), "not read back")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,9 +15,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 ROOMS = ("moe", "tools", "tests")
 
 # Import name -> name in requirements, where they differ.
-_PACKAGES = {"gin": "gin_config", "orbax": "orbax_checkpoint", "pyarrow": None, "libtpu": None}
+_PACKAGES = {"gin": "gin_config", "orbax": "orbax_checkpoint", "pyarrow": None, "libtpu": None, "torch": None,
+             "transformers": None}
 _DATA = {"moe_gin_config": ["configs/**/*.gin"], "moe_data_embedded": ["moe/data/corpora/*"],
-         "tests_gin_config_test": ["tests/golden/*.txt"], "tools_compile_check": ["tools/published_steps.json"],
+         "tests_gin_config_test": ["tests/golden/*.txt"], "tests_hugging_face_test": ["tests/golden/hugging_face/**"],
+         "tests_inspect_test": ["tests/golden/hugging_face/**"],
+         "tools_compile_check": ["tools/published_steps.json"],
          "tests_build_file_test": ["BUILD", "requirements.txt", "moe/**/*.py", "tools/**/*.py", "tests/**/*.py"]}
 _SLOW = {"tests_model_test", "tests_step_test", "tests_train_test", "tests_checkpoint_test", "tests_data_test",
          "tests_bench_test", "tests_faults_test"}  # and those that need libtpu

@@ -18,11 +18,13 @@ from collections.abc import Iterable, Iterator
 from array_record.python import array_record_module
 import grain
 
+from moe.errors import UserError
+
 SPLITS = ("train", "validation", "test")
 _FORMAT = 1
 
 
-class DataError(Exception):
+class DataError(UserError):
   """Data that is missing, damaged or does not fit the config; one line of cause and remedy."""
 
 

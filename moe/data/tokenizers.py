@@ -11,7 +11,8 @@ import tokenizers as hf_tokenizers
 
 from moe.data.records import DataError
 
-_END = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")  # names of the end-of-document token in common files
+# Names of the end-of-document token in common files.
+_END = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<｜end▁of▁sentence｜>")
 
 
 class Tokenizer(Protocol):
@@ -58,6 +59,10 @@ class BpeTokenizer:
 
   def encode(self, text: str) -> np.ndarray:
     return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+  def token(self, number: int) -> str:
+    """The text that stands for an id, special ones included."""
+    return self._tokenizer.id_to_token(number)
 
   def decode(self, ids) -> str:
     return self._tokenizer.decode([int(i) for i in ids if int(i) < self.vocab_size])

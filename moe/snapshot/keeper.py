@@ -31,6 +31,7 @@ from moe.snapshot import parity
 from moe.snapshot import wire
 from moe.snapshot.wire import Link, WireError
 
+_MAX_HOLD_SECONDS = 30.0  # that somebody who looks at a snapshot can keep it from being overwritten
 _WAIT_SECONDS = 120.0  # for the parity of the slowest member, before a snapshot is given up
 
 
@@ -46,6 +47,7 @@ class Keeper:
     self.layout, self.sizes, self.committed = "", [], -1
     self.abandoned: set[int] = set()  # steps that will never be committed, though earlier ones may still be
     self.check_share = 0.01
+    self._held = -1, 0.0  # (step, until when) of a snapshot that somebody looks at
     self._links: dict[int, Link] = {}  # for questions to other keepers
     self._asking: dict[int, threading.Lock] = {}
     self._trainer: Link | None = None
@@ -225,6 +227,8 @@ class Keeper:
     if do == "read":
       _, payload = self._ask(message["host"], {**message, "do": "bytes"})
       return {}, payload, []
+    if do == "hold":
+      return self._ask(message["host"], message)[0], b"", []
     raise WireError(f"unknown request {do!r}")
 
   def _allocate(self, layout: str, sizes: list[int], slots: int) -> None:
@@ -270,6 +274,8 @@ class Keeper:
       if copy.step == step:
         return copy if copy.status != "committed" else None
     spare = [c for c in self.copies if c.status != "committed"] or (self.copies if len(self.copies) == 1 else [])
+    held, until = self._held
+    spare = [c for c in spare if c.step != held or time.monotonic() > until]
     return spare[0] if spare else None
 
   def _ready(self, step: int, header: str) -> None:
@@ -463,9 +469,17 @@ class Keeper:
           return {"header": header, "table": copies.text_of(table), "layout": self.layout, "sizes": self.sizes,
                   "slots": len(self.copies)}, b""
       raise WireError(f"no record of step {step}")
+    if do == "hold":  # somebody looks at it (reader.py): it is not overwritten for so long
+      copy = self._copy(step)
+      if copy.status not in ("committed", "old"):
+        raise WireError(f"step {step} is not committed")
+      with self._changed:
+        self._held = step, time.monotonic() + min(float(message["seconds"]), _MAX_HOLD_SECONDS)
+      return {"header": copy.header}, b""
     if do == "bytes":
       copy, begin, count = self._copy(step), message["offset"], message["length"]
-      if copy.status != "committed" or not 0 <= begin <= begin + count <= copy.shape.data_bytes or count > memory.MAX_CHUNK:
+      inside = 0 <= begin <= begin + count <= copy.shape.data_bytes and count <= memory.MAX_CHUNK
+      if copy.status not in ("committed", "old") or not inside:
         raise WireError(f"bytes {begin} to {begin + count} of step {step} are not to be had")
       return {}, copy.data.bytes[begin : begin + count]
     raise WireError(f"unknown request {do!r}")

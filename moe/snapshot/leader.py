@@ -35,6 +35,7 @@ class Settings(NamedTuple):
   check_share: float
   same_failures: int
   address: str  # of host 0, where JAX's coordinator will listen
+  socket: str = ""  # of host 0's snapshot process, for its own user
 
 
 class Failure(NamedTuple):
@@ -302,7 +303,7 @@ class Leader:
   def _publish(self) -> None:
     """`snapshots.json` for tools.snapshot_status; nothing is ever restored from it."""
     state = {"generation": self.generation, "committed": self.committed, "time": round(time.time(), 3),
-             "parity_hosts": self._parity, "hosts": self.settings.hosts,
+             "parity_hosts": self._parity, "hosts": self.settings.hosts, "socket": self.settings.socket,
              "groups": [{"hosts": g, "holding": [h for h in g if self._holding.get(h) == self.committed >= 0]}
                         for g in self._grouped]}
     try:

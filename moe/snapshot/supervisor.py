@@ -121,7 +121,7 @@ class Supervisor:
 
   def _start_leader(self, address: str, port: int, limits: config.Snapshot) -> None:
     settings = leader_lib.Settings(self.hosts, limits.group_hosts, limits.parity_hosts, limits.check_share,
-                                   limits.same_failures, address)
+                                   limits.same_failures, address, f"{self._folder}/keeper")
     writer = jsonl.Writer(self.run_dir / "events.jsonl")
 
     def record(name: str, **fields) -> None:

@@ -1,0 +1,95 @@
+"""Takes a Hugging Face model: `python -m tools.import_hf HF_DIR --out=RUN_DIR [--dtype=bfloat16] [--check]`
+
+Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2 and -V3. RUN_DIR then holds a checkpoint of step 0 that every tool reads,
+`model.gin` with the model's options, and the tokenizer. Training goes on from it with
+
+    python -m moe.train --gin_file=configs/run/quickstart.gin --gin_file=RUN_DIR/model.gin --init_from=RUN_DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from etils import epath
+import numpy as np
+
+from moe import checkpoint
+from moe import config
+from moe import gin_config
+from moe import hugging_face
+from moe import stored
+from moe.errors import UserError
+from tools import terminal
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(prog="python -m tools.import_hf", description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("hf_dir", help="config.json and safetensors")
+  parser.add_argument("--out", required=True, metavar="RUN_DIR")
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters (default: as they are)")
+  parser.add_argument("--check", action="store_true", help="read back, compare every tensor, and the logits with transformers")
+  arguments = parser.parse_args(argv)
+  found = stored.find(arguments.hf_dir)
+  if found.source.kind != "safetensors" or found.config is None:
+    raise UserError(f"{arguments.hf_dir} is no Hugging Face directory: it needs config.json and .safetensors")
+  family, model = hugging_face.family_of(found.config), hugging_face.read_config(found.config)
+  arrays = hugging_face.AsOurs(found.source, model, family, arguments.dtype)
+  out = epath.Path(arguments.out)
+  if (out / "checkpoints").exists():
+    raise UserError(f"--out={out} holds checkpoints already; choose another directory")
+  out.mkdir(parents=True, exist_ok=True)
+  tokenizer = "byte"  # stays so where there is none; the vocabulary then decides whether bytes fit
+  if (epath.Path(arguments.hf_dir) / "tokenizer.json").exists():
+    tokenizer = str(out / "tokenizer.json")
+    (out / "tokenizer.json").write_bytes((epath.Path(arguments.hf_dir) / "tokenizer.json").read_bytes())
+  run = _run(model, tokenizer)
+  (out / "model.gin").write_text(_gin(model, tokenizer, arguments.hf_dir))
+  checkpoint.write(out / "checkpoints" / "0", arrays, run)
+  size = terminal.count(sum(leaf.size for leaf in arrays.leaves.values()))
+  print(f"{out}/checkpoints/0: {family.model_type}, {size} parameters in {len(found.source.leaves)} tensors, "
+        f"{len(arrays.leaves)} arrays here; options in {out}/model.gin")
+  return check(arguments.hf_dir, out, model, family, arrays) if arguments.check else terminal.FINE
+
+
+def _run(model: config.Model, tokenizer: str) -> config.Run:
+  run = gin_config.resolve([gin_config.CONFIGS / "run" / "quickstart.gin"]).run
+  return dataclasses.replace(run, model=model, data=dataclasses.replace(run.data, tokenizer=tokenizer))
+
+
+def _gin(model: config.Model, tokenizer: str, source: str) -> str:
+  """The model's fields that differ from their defaults, as gin bindings."""
+  lines = [f"# Written by tools.import_hf from {source}.", f"Data.tokenizer = {tokenizer!r}"]
+
+  def walk(part):
+    for field in dataclasses.fields(part):
+      value = getattr(part, field.name)
+      if dataclasses.is_dataclass(value):
+        walk(value)
+      else:
+        lines.append(f"{type(part).__name__}.{field.name} = {value!r}")
+
+  walk(model)
+  return "\n".join(lines) + "\n"
+
+
+def check(hf_dir, run_dir, model: config.Model, family: hugging_face.Family, arrays: stored.Source) -> int:
+  """What was written, read back, against what was meant; then the logits, where transformers is there."""
+  written = stored.find(run_dir)
+  wrong = [name for name in arrays.leaves if not _equal(arrays, written.source, name)]
+  print(f"check: {len(arrays.leaves) - len(wrong)} of {len(arrays.leaves)} arrays are equal to the bit" + (
+      f"; not {', '.join(wrong[:3])}" if wrong else ""))
+  from tools import hf_logits
+
+  return terminal.DIFFERS if wrong or not hf_logits.compare(hf_dir, written.source, model) else terminal.FINE
+
+
+def _equal(a: stored.Source, b: stored.Source, name: str) -> bool:
+  return name in b.leaves and all(
+      block.tobytes() == np.ascontiguousarray(b.read(name, begin, tuple(s + n for s, n in zip(begin, block.shape)))).tobytes()
+      for begin, block in stored.blocks(a, name))
+
+
+if __name__ == "__main__":
+  terminal.run(main)

@@ -104,7 +104,7 @@ def test_a_checkpoint_is_good_when_it_was_read_back(tmp_path, run, state):
   one = saver(tmp_path)
   assert one.save(1, state, DATA, run, "# gin") == []
   assert one.close() == [] and one.good(1)
-  assert stored.names(tmp_path / "1") == sorted(checkpoint.digests(state))
+  assert list(stored.find(tmp_path / "1").source.leaves) == sorted(checkpoint.digests(state))
   assert stored.wrong(tmp_path / "1") == []
   two = saver(tmp_path)
   assert two.save(2, state, DATA, run, "# gin") == [] and two.wait() == []

@@ -15,6 +15,7 @@ import copy
 import functools
 import hashlib
 import json
+import math
 import pathlib
 import shutil
 import subprocess
@@ -33,7 +34,8 @@ from moe import config
 from moe import stored
 from moe.errors import UserError
 
-_CHUNK_BYTES = 64 << 20  # a reader of one expert need not read the whole stack
+_CHUNK_BYTES = 64 << 20  # largest piece of an array that is written, and so read, at once
+_SMALLEST_CHUNK_BYTES = 1 << 20
 _TEMPORARY = "*.orbax-checkpoint-tmp"
 
 
@@ -271,7 +273,8 @@ def write(folder, source: stored.Source, run: config.Run | dict, chunk_bytes: in
     side = {"data": {}, "config": {"format": stored.FORMAT, "run": kept, "operative": ""}}
     side = json.loads(json.dumps(side))
     side["digests"] = {"leaves": sums, "sides": {key: _seal(side[key]) for key in ("data", "config")}}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    handler = ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(save_concurrent_gb=1))
+    with ocp.Checkpointer(handler) as checkpointer:
       checkpointer.save(folder, args=ocp.args.Composite(
           state=_save_arguments(state, chunk_bytes), **{key: ocp.args.JsonSave(value) for key, value in side.items()}))
 
@@ -294,7 +297,12 @@ def _spooled(source: stored.Source, leaf: stored.Leaf, path: str) -> tuple[str, 
 
 
 def _save_arguments(state: Any, chunk_bytes: int = _CHUNK_BYTES):
-  return ocp.args.PyTreeSave(state, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), state))
+  def pieces(x) -> ocp.SaveArgs:
+    """Large stacks are cut between layers and experts, so that who wants one expert reads one."""
+    alone = x.nbytes > chunk_bytes and math.prod(x.shape[-2:]) * x.dtype.itemsize >= _SMALLEST_CHUNK_BYTES
+    return ocp.SaveArgs(chunk_byte_size=chunk_bytes, shard_axes=tuple(range(x.ndim - 2)) if alone else ())
+
+  return ocp.args.PyTreeSave(state, save_args=jax.tree.map(pieces, state))
 
 
 class _Damaged(Exception):

@@ -10,6 +10,7 @@ save; only a checkpoint that reads back is good.
 from __future__ import annotations
 
 import base64
+import collections
 import concurrent.futures
 import functools
 import itertools
@@ -220,7 +221,7 @@ def save_tensors(path: epath.Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def blocks(source: Source, name: str, block_bytes: int = _BLOCK_BYTES) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-  """(index of the first element, block) of a leaf; whole chunks, the next one read ahead. Raises Unreadable."""
+  """(index of the first element, block) of a leaf; whole chunks, two read ahead. Raises Unreadable."""
   leaf = source.leaves[name]
   step, item = list(leaf.chunk), dtype_of(leaf.dtype).itemsize
   for axis in reversed(range(len(step))):
@@ -233,13 +234,14 @@ def blocks(source: Source, name: str, block_bytes: int = _BLOCK_BYTES) -> Iterat
   def read(begin):
     return begin, source.read(name, begin, tuple(min(b + s, n) for b, s, n in zip(begin, step, leaf.shape)))
 
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    ahead = None
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    ahead: collections.deque = collections.deque()
     for begin in begins:
-      now, ahead = ahead, pool.submit(read, begin)
-      if now is not None:
-        yield now.result()
-    yield ahead.result()
+      ahead.append(pool.submit(read, begin))
+      if len(ahead) > 2:
+        yield ahead.popleft().result()
+    while ahead:
+      yield ahead.popleft().result()
 
 
 def whole(source: Source, name: str) -> np.ndarray:

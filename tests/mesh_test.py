@@ -44,7 +44,7 @@ CASES = {
     "recurrent": ({"slice": 2, "context": 2, "expert": 2}, {"recurrent": {"cell": "gru", "width": 8}}, DROPLESS),
 }
 ADAM = 5e-5  # it divides by a root, which doubles the relative error of a small gradient
-FAST = ("context", "to_all_overflow")
+FAST = ("to_all_overflow",)
 
 
 def compare(mesh, router, block):

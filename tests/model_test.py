@@ -171,7 +171,8 @@ def test_scanned_equals_unrolled(name):
   np.testing.assert_allclose(*logits, atol=4e-6)  # of up to 7, in float32
 
 
-@pytest.mark.parametrize("remat", ["full", "offload", "dots", "attention"])
+@pytest.mark.parametrize("remat", [
+    "full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("offload", "dots", "attention"))])
 def test_remat_changes_no_gradient(remat):
   model, batch = small.model(), small.batch()
   transformer, params = init(model)
@@ -259,6 +260,7 @@ def test_bfloat16_keeps_parameters_and_router_in_float32():
   assert 1e-4 < np.abs(logits - wide).mean() < 0.1  # 8 bits of mantissa: differs, and not by much
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key_and_is_off_by_default():
   model, batch = small.model(dropout=0.3), small.batch()
   _, params = init(model)

@@ -110,6 +110,7 @@ def test_noisy_gate_does_not_depend_on_mesh_or_micro_batches(mesh, micro):
   np.testing.assert_array_less(1e-3, abs(silent[1] / want[1] - 1))  # the noise does something
 
 
+@pytest.mark.slow
 def test_random_drops_do_not_depend_on_the_mesh():
   drops = {"capacity_factor": 0.5, "drop_policy": "random"}
   results = [objective_and_gradients(small.run(model={"experts": drops}, mesh=mesh), small.batch())
@@ -291,6 +292,7 @@ def test_pre_gate_must_fit_the_mesh():
     sharding.check_run(run, sharding.make_mesh(run.mesh))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "expert": 2}], ids=str)
 def test_shared_plan_on_a_mesh(mesh):
   results = [objective_and_gradients(small.run(model={"router": {**PRE_GATE, "balance_coef": 1.0}}, mesh=m), small.batch())
@@ -301,6 +303,7 @@ def test_shared_plan_on_a_mesh(mesh):
 # ----------------------------------------------------------------------------------------------------------- balance
 
 
+@pytest.mark.slow
 def test_micro_mix_adds_the_microbatch_loss():
   options = {"balance_coef": 1.0, "z_loss_coef": 0.0}
   def grads(**router):
@@ -329,7 +332,9 @@ def test_shuffle_is_global_in_expectation_and_not_micro():
   assert abs(shuffled - value("global")) < 0.03 < value("microbatch") - value("global")
 
 
-@pytest.mark.parametrize("mesh, micro", [({}, 1), ({"data": 4}, 2), ({"expert": 8}, 1)], ids=str)
+@pytest.mark.parametrize("mesh, micro", [
+    pytest.param({}, 1, marks=pytest.mark.slow), ({"data": 4}, 2), pytest.param({"expert": 8}, 1, marks=pytest.mark.slow)],
+                         ids=str)
 def test_selection_bias_moves_by_the_counts_of_the_whole_step(mesh, micro):
   router = {"gate": "sigmoid", "bias_update_rate": 0.01, "balance_coef": 0.0}
   run = small.run(model={"router": router}, mesh=mesh, train={"micro_batches": micro})

@@ -19,7 +19,8 @@ from tests.small import assert_same, difference, objective_and_gradients
 STRONG = {"balance_coef": 1.0, "z_loss_coef": 0.1}  # so that the balance terms dominate what is compared
 
 
-MESHES = [{"data": 8}, {"fsdp": 4, "tensor": 2}, {"expert": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}]  # more: mesh_test.py
+MESHES = [{"fsdp": 4, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2},
+          *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ({"data": 8}, {"expert": 8}))]  # more: mesh_test.py
 
 
 def mesh_name(mesh):
@@ -47,7 +48,8 @@ def test_every_mesh_gives_the_single_device_loss_and_gradients(mesh):
 
 @pytest.mark.parametrize("variant", [
     {"attention": {"kind": "mla", "num_kv_heads": 0, "kv_lora_rank": 8, "rope_head_dim": 4, "v_head_dim": 6}},
-    {"experts": {"capacity_factor": 0.5, "d_shared": 16, "shared_gate": True}}], ids=["mla", "capacity_shared"])
+    pytest.param({"experts": {"capacity_factor": 0.5, "d_shared": 16, "shared_gate": True}}, marks=pytest.mark.slow)],
+                         ids=["mla", "capacity_shared"])
 def test_a_mixed_mesh_for_other_models(variant):
   results = [objective_and_gradients(small.run(model={"router": STRONG, **variant}, mesh=mesh), small.batch())
              for mesh in ({}, {"fsdp": 2, "expert": 2, "tensor": 2})]
@@ -69,7 +71,7 @@ def test_mesh_refusals():
 # ------------------------------------------------------------------------------------------- micro-batches and scopes
 
 
-@pytest.mark.parametrize("micro", [2, 4])
+@pytest.mark.parametrize("micro", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_micro_batches_with_uneven_padding_equal_one_big_batch(micro):
   """Loss, z-losses and P are weighted by real tokens; with scope `step` f is exact too, so everything is equal."""
   _, nll, grads, sums = single_device("step", micro)
@@ -82,7 +84,8 @@ def test_micro_batches_with_uneven_padding_equal_one_big_batch(micro):
 
 
 @pytest.mark.parametrize("mesh, micro", [
-    ({"data": 4}, 2), ({"data": 2, "expert": 2}, 2), ({"fsdp": 2, "tensor": 2}, 4), ({"data": 8}, 1)])
+    ({"data": 2, "expert": 2}, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ({"data": 4}, 2), ({"fsdp": 2, "tensor": 2}, 4), ({"data": 8}, 1)))])
 def test_step_scope_is_the_same_for_every_factorisation(mesh, micro):
   run = small.run(model={"router": {**STRONG, "balance_scope": "step"}}, mesh=mesh, train={"micro_batches": micro})
   balance, _, grads, _ = objective_and_gradients(run, small.batch())
@@ -103,7 +106,8 @@ def test_other_scopes_are_not(scope, changes):
   assert difference(want_grads, grads) > 1e-3
 
 
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "expert": 4}], ids=mesh_name)
+@pytest.mark.parametrize("mesh", [pytest.param({"data": 8}, marks=pytest.mark.slow),
+                                  {"data": 2, "expert": 4}], ids=mesh_name)
 def test_global_scope_ignores_the_mesh_within_a_micro_batch(mesh):
   run = small.run(model={"router": STRONG}, mesh=mesh, train={"micro_batches": 1})
   np.testing.assert_allclose(objective_and_gradients(run, small.batch())[0], single_device("global")[0], rtol=1e-5)
@@ -189,6 +193,7 @@ def test_spikes_are_skipped_until_the_level_has_changed():
 # --------------------------------------------------------------------------------------------- optimizer and schedule
 
 
+@pytest.mark.slow
 def test_decay_spares_norms_and_biases_also_where_they_are_stacked():
   run = small.run(model={"attention": {"qkv_bias": True, "qk_norm": "head"}})
   mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])

@@ -119,6 +119,7 @@ def test_routing_is_in_the_terminal_the_records_and_the_report(straight):
   assert "What the experts read" in (run_dir / "report" / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_collapsed_routing_raises_an_alarm(corpus, tmp_path):
   """A router of zeros, never updated: every token takes the first two experts."""
   done = finish(command(corpus, tmp_path, **{"InitStd.router": 0.0, "Optimizer.learning_rate": 0.0, "Train.steps": 12,

@@ -273,7 +273,8 @@ def write(folder, source: stored.Source, run: config.Run | dict, chunk_bytes: in
     side = {"data": {}, "config": {"format": stored.FORMAT, "run": kept, "operative": ""}}
     side = json.loads(json.dumps(side))
     side["digests"] = {"leaves": sums, "sides": {key: _seal(side[key]) for key in ("data", "config")}}
-    handler = ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(save_concurrent_gb=1))
+    handler = ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(save_concurrent_gb=1),
+                                             **{key: ocp.JsonCheckpointHandler() for key in side})
     with ocp.Checkpointer(handler) as checkpointer:
       checkpointer.save(folder, args=ocp.args.Composite(
           state=_save_arguments(state, chunk_bytes), **{key: ocp.args.JsonSave(value) for key, value in side.items()}))

@@ -13,7 +13,7 @@ ORDER = ["moe/__init__.py", "moe/errors.py", "moe/config.py", "moe/gin_config.py
          "moe/experts.py", "moe/model.py",
          "moe/schedules.py", "moe/optimizer.py", "moe/step.py", "moe/stored.py", "moe/hugging_face.py", "moe/checkpoint.py",
          "moe/snapshot/", "moe/evaluate.py", "moe/generate.py",
-         "moe/report.py", "moe/train.py", "tools/", "tests/"]
+         "moe/report.py", "moe/train.py", "moe/commands.py", "tools/", "tests/"]
 
 
 def room(path: pathlib.Path) -> int:

@@ -111,7 +111,7 @@ def power_off(told: dict) -> None:
 
 
 def preempt(cloud: pathlib.Path, name: str, state: str) -> None:
-  """Takes the machines away; `state` is what is reported: of the queued resource (SUSPENDED, FAILED) or of the node (PREEMPTED)."""
+  """Takes the machines away; `state` is what is reported, of the queued resource (SUSPENDED) or of the node (PREEMPTED)."""
   global CLOUD
   CLOUD = cloud
   told = json.loads(resource(name).read_text())

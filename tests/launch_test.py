@@ -1,4 +1,4 @@
-"""tools.launch_tpu_vm with a stand-in for gcloud (fake_gcloud.py): its command lines, and a job's whole life with real hosts."""
+"""tools.launch_tpu_vm with a stand-in for gcloud (fake_gcloud.py): its command lines, and whole lives of jobs."""
 
 import json
 import os
@@ -200,7 +200,7 @@ def test_up_run_preempt_recreate_resume_down(cloud, tmp_path, corpus, state, cap
 
 @pytest.mark.slow
 def test_stop_saves_and_a_new_run_goes_on(cloud, tmp_path, corpus):
-  place = [f"--name=halt", *PLACE[1:], "--type=v5litepod-4", "--poll_seconds=0.2", "--setup=true", f"--python={sys.executable}",
+  place = ["--name=halt", *PLACE[1:], "--type=v5litepod-4", "--poll_seconds=0.2", "--setup=true", f"--python={sys.executable}",
            f"--run_dir={tmp_path}/run", "--env=XLA_FLAGS=--xla_backend_optimization_level=0"]
   flags = [f for f in job_flags(corpus) if not f.startswith(("--gin.Mesh", "--gin.Train.steps", "--gin.Checkpoint"))]
   flags += ["--gin.Train.steps=100000"]

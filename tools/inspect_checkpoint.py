@@ -30,6 +30,8 @@ from tools import terminal
 from tools import weight_health
 from tools.terminal import DIFFERS, FINE
 
+_PIECE = 1 << 21  # elements compared at a time
+
 
 def main(argv: list[str] | None = None) -> int:
   arguments = _parser().parse_args(argv)
@@ -338,22 +340,22 @@ def diff(arguments) -> int:
 
 
 def _value_difference(a: stored.Source, b: stored.Source, x: stored.Leaf, y: stored.Leaf, arguments) -> list[dict]:
-  worst, relative, beyond, scale = 0.0, 0.0, 0, 0.0
+  worst, beyond, scale = 0.0, 0, 0.0
   for begin, block in stored.blocks(a, x.name):
-    end = tuple(start + n for start, n in zip(begin, block.shape))
-    p, q = (np.atleast_1d(x).astype(np.float64) for x in (block, b.read(y.name, begin, end)))
-    gap = np.abs(p - q)
-    gap[(p == q) | (np.isnan(p) & np.isnan(q))] = 0.0  # infinities of one sign, NaN in both
-    gap[np.isnan(gap)] = np.inf
-    limit = arguments.atol + arguments.rtol * np.where(np.isfinite(q), np.abs(q), 0.0)
-    beyond += int(np.sum(~(gap <= limit)))
-    worst, scale = max(worst, float(gap.max(initial=0))), max(scale, float(np.abs(q).max(initial=0)))
-  relative = worst / scale if scale else worst
+    other = b.read(y.name, begin, tuple(start + n for start, n in zip(begin, block.shape)))
+    for at in range(0, block.size, _PIECE):
+      p, q = (np.ascontiguousarray(v).reshape(-1)[at : at + _PIECE].astype(np.float64) for v in (block, other))
+      gap = np.abs(p - q)
+      gap[(p == q) | (np.isnan(p) & np.isnan(q))] = 0.0  # infinities of one sign, NaN in both
+      gap[np.isnan(gap)] = np.inf
+      largest = np.where(np.isfinite(q), np.abs(q), 0.0)
+      beyond += int(np.sum(gap > arguments.atol + arguments.rtol * largest))
+      worst, scale = max(worst, float(gap.max(initial=0))), max(scale, float(largest.max(initial=0)))
   told = []
   if x.dtype != y.dtype:
     told.append(f"dtype {x.dtype} and {y.dtype}")
   if beyond:
-    told.append(f"{beyond:,} of {x.size:,} elements differ, at most by {worst:.4g} ({relative:.2g} of the largest)")
+    told.append(f"{beyond:,} of {x.size:,} elements differ, at most by {worst:.4g} ({worst / (scale or 1):.2g} of the largest)")
   return [{"name": x.name, "what": "; ".join(told), "elements": beyond, "max_abs": worst}] if told else []
 
 

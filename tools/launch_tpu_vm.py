@@ -8,7 +8,7 @@
     stop    SIGTERM to the job, which saves a checkpoint; the VMs stay
     down    deletes the VMs; the bucket stays
 
-On every VM a startup script keeps an agent (tools/vm_agent.py), which takes the job from the bucket: it outlives the laptop, and
+On every VM a startup script keeps an agent (tools/vm_agent.py), which takes the job from the bucket: it outlives the laptop and
 a reboot. `--mode=ssh` runs the command through ssh instead, for a quick try. Nothing of this was run on Google Cloud yet: it is
 tested with a stand-in for gcloud. docs/tpu_vm.md starts from an empty project.
 """
@@ -72,7 +72,7 @@ class Cloud:
     if self.a.dry_run:
       return ""
     try:
-      done = subprocess.run(["gcloud", *command], input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+      done = subprocess.run(["gcloud", *command], input=stdin, capture_output=True)
     except FileNotFoundError as error:
       raise LaunchError("gcloud is not installed; see cloud.google.com/sdk, or use --dry_run") from error
     if done.returncode and check:
@@ -112,7 +112,8 @@ class Cloud:
     return self.a.name if self.a.num_slices == 1 else f"{self.a.name}-{i}"
 
   def node_state(self, i: int) -> str:
-    text = self.run("compute", "tpus", "tpu-vm", "describe", self.node(i), *self._where, "--format=json", check=False, quiet=True)
+    text = self.run("compute", "tpus", "tpu-vm", "describe", self.node(i), *self._where, "--format=json", check=False,
+                    quiet=True)
     return json.loads(text).get("state", "UNKNOWN") if text else "NOT_FOUND"
 
   def ssh(self, i: int, command: str) -> None:
@@ -328,7 +329,8 @@ def logs(cloud: Cloud) -> int:
 
 
 def stop(cloud: Cloud) -> int:
-  cloud.put("job.json", json.dumps({"number": f"stop-{secrets.token_hex(4)}", "command": None, "hosts": hosts(cloud.a)}).encode())
+  job = {"number": f"stop-{secrets.token_hex(4)}", "command": None, "hosts": hosts(cloud.a)}
+  cloud.put("job.json", json.dumps(job).encode())
   print(f"{cloud.a.name}: told to stop; a checkpoint is saved within a minute or so, `status` and `logs` show it")
   return terminal.FINE
 
@@ -384,7 +386,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     raise LaunchError(f"--env={a.env} is not KEY=VALUE")
   reserved = [flag for flag in train if flag.partition("=")[0] in ("--run_dir", "--multihost", "--token_file", "--supervise")]
   if reserved:
-    raise LaunchError(f"{reserved[0]} is set by the launcher" + ("; give --run_dir before the --" if "run_dir" in reserved[0] else ""))
+    raise LaunchError(f"{reserved[0]} is set by the launcher"
+                      + ("; give --run_dir before the --" if "run_dir" in reserved[0] else ""))
   a.runtime_version = a.runtime_version or RUNTIMES[_parse_type(a.type)[0]]
   return a
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -31,12 +30,6 @@ def run(main: Callable[[], int]) -> None:
   except KeyboardInterrupt:
     code = 130
   sys.exit(code)
-
-
-def command() -> None:
-  """What the installed commands run: `moe-build-data` is tools.build_data."""
-  name = os.path.basename(sys.argv[0]).removesuffix(".exe").removeprefix("moe-").replace("-", "_")
-  run(importlib.import_module(f"tools.{name}").main)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "", left: Sequence[str] = ("name",)) -> None:

@@ -46,8 +46,9 @@ def place():
   told = {key.strip(): value.strip().strip("'\"") for key, value in told.items()}
   worker = int(metadata("agent-worker-number") or told.get("WORKER_ID", "0"))
   workers = len([e for e in metadata("worker-network-endpoints").split(",") if e]) or 1
-  tail = told.get("NODE_ID", "").rpartition("-")[2]
-  slice_number = int(told.get("MEGASCALE_SLICE_ID") or (tail if tail.isdigit() and metadata("moe-slices") not in ("", "1") else 0))
+  tail = told.get("NODE_ID", "").rpartition("-")[2]  # slices of one request are called NAME-0, NAME-1, ...
+  by_name = int(tail) if tail.isdigit() and metadata("moe-slices") not in ("", "1") else 0
+  slice_number = int(told.get("MEGASCALE_SLICE_ID", by_name))
   return slice_number, worker, workers
 
 
@@ -111,7 +112,7 @@ class Agent:
   def _end(self, *_):
     """The VM goes down (preemption, maintenance): the job has what time is left to save."""
     self.ending = True
-    self.log.line("[host %d] the machine is going down" % self.index)
+    self.log.line(f"[host {self.index}] the machine is going down")
     if self.process:
       self.process.send_signal(signal.SIGTERM)
 
@@ -150,7 +151,7 @@ class Agent:
       if not (code / "ready").exists():
         code.mkdir(parents=True, exist_ok=True)
         if not self.bucket.fetch(job["code"], code / "code.tar.gz"):
-          raise OSError("%s/%s cannot be fetched" % (self.bucket.root, job["code"]))
+          raise OSError(f"{self.bucket.root}/{job['code']} cannot be fetched")
         subprocess.run(["tar", "-xzf", "code.tar.gz"], cwd=code, check=True)
         if job["setup"]:
           subprocess.run(["bash", "-c", job["setup"]], cwd=code, check=True)
@@ -163,17 +164,17 @@ class Agent:
         raise OSError("the job's token cannot be fetched")
       token.chmod(0o600)
     except (OSError, subprocess.SubprocessError) as error:
-      self.log.line("[host %d] cannot start: %s" % (self.index, error))
+      self.log.line(f"[host {self.index}] cannot start: {error}")
       self.number = None  # again at the next look
       return
     command = list(job["command"])
     if job["hosts"] > 1:
-      command += ["--multihost=%s:%d,%d,%d" % (leader, PORT, job["hosts"], self.index), "--token_file=%s" % token]
+      command += [f"--multihost={leader}:{PORT},{job['hosts']},{self.index}", f"--token_file={token}"]
     environment = dict(os.environ, PYTHONUNBUFFERED="1", **job.get("env", {}))
     if job.get("slices", 1) > 1:
       environment.update(MEGASCALE_COORDINATOR_ADDRESS=leader, MEGASCALE_NUM_SLICES=str(job["slices"]),
                          MEGASCALE_SLICE_ID=str(self.slice))
-    self.log.line("[host %d] %s" % (self.index, " ".join(map(shlex.quote, command))))
+    self.log.line(f"[host {self.index}] " + " ".join(map(shlex.quote, command)))
     self.process = subprocess.Popen(command, cwd=code, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                     text=True, errors="replace", start_new_session=True)
     threading.Thread(target=self._copy, args=(self.process,), daemon=True).start()
@@ -195,7 +196,7 @@ class Agent:
     if self.process is not None and self.process.poll() is not None:
       code = self.process.returncode
       self.process = None
-      self.log.line("[host %d] ended with code %d" % (self.index, code))
+      self.log.line(f"[host {self.index}] ended with code {code}")
       self.bucket.write(f"state/{self.number}/{self.index}.json", json.dumps({"code": code, "time": time.time()}))
 
   def stop(self):

@@ -35,7 +35,7 @@ with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as saver:
   arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
   saver.restore(folder, args=ocp.args.PyTreeRestore(restore_args=arguments))
 """
-_VERBS = (("ls",), ("summary",), ("tree",), ("config",), ("cat", "params.layers.experts.moe.gate[1,5,:4,:4]"), ("stats",),
+_VERBS = (("ls",), ("summary",), ("tree",), ("config",), ("cat", "params.layers.experts.moe.gate[0,5,:4,:4]"), ("stats",),
           ("stats", "--experts"), ("experts",), ("verify",), ("diff", None))
 
 
@@ -64,7 +64,8 @@ def write(folder: pathlib.Path, run: config.Run) -> None:
   checkpoint.write(folder / "checkpoints" / "1", Random(run.model), run)
   usage = resource.getrusage(resource.RUSAGE_SELF)
   anonymous = next(line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-  print(f"writing: peak resident {usage.ru_maxrss * 1024 / 1e9:.1f} GB, files in memory counted; at its end {anonymous}", flush=True)
+  print(f"writing: peak resident {usage.ru_maxrss * 1024 / 1e9:.1f} GB, files in memory counted; at its end {anonymous}",
+        flush=True)
 
 
 def measured(command: list[str]) -> tuple[float, float, int]:
@@ -95,14 +96,18 @@ def main(argv: list[str] | None = None) -> int:
     written = multiprocessing.get_context("spawn").Process(target=write, args=(folder, run))
     written.start()
     written.join()
+    if written.exitcode:
+      return 1
     size = sum(leaf.bytes for leaf in source.leaves.values()) / 1e9
-    print(f"{size:.1f} GB in {len(source.leaves)} leaves, {layers} layers, written in {time.perf_counter() - begin:.0f} s", flush=True)
+    print(f"{size:.1f} GB in {len(source.leaves)} leaves, {layers} layers, written in {time.perf_counter() - begin:.0f} s",
+          flush=True)
     step = str(folder / "checkpoints" / "1")
     for verb in _VERBS:
       extra = [step if part is None else part for part in verb[1:]]
       seconds, peak, code = measured([sys.executable, "-m", "tools.inspect_checkpoint", verb[0], step, *extra])
       rows.append({"verb": " ".join(p or "itself" for p in verb), "seconds": seconds, "peak_gb": peak, "code": code})
-      print(f"{rows[-1]['verb']:50} {seconds:8.1f} s  peak {peak:5.2f} GB  {size / seconds:7.2f} GB/s  exit code {code}", flush=True)
+      print(f"{rows[-1]['verb']:50} {seconds:8.1f} s  peak {peak:5.2f} GB  {size / seconds:7.2f} GB/s  exit code {code}",
+            flush=True)
     seconds, peak, code = measured([sys.executable, "-c", _ORBAX, step])
     rows.append({"verb": "Orbax restore", "seconds": seconds, "peak_gb": peak, "code": code})
     print(f"{'Orbax: restore as NumPy arrays':50} {seconds:8.1f} s  peak {peak:5.2f} GB  {size / seconds:7.2f} GB/s  "

@@ -1,0 +1,98 @@
+"""The small tools: config, doctor, and the look they share."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from moe import config as config_lib
+from moe.errors import UserError
+from tools import config
+from tools import doctor
+from tools import terminal
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+QUICK = ROOT / "configs" / "run" / "quickstart.gin"
+
+
+def test_every_field_is_listed_with_its_default():
+  known = config.fields()
+  found = {f"{cls.__name__}.{name}" for cls in vars(config_lib).values() if hasattr(cls, "__dataclass_fields__")
+           for name in cls.__dataclass_fields__}
+  assert set(known) == found
+  assert known["Router.top_k"].default == "2" and "experts of a token" in known["Router.top_k"].meaning
+  assert known["Model.vocab_size"].default == "(must be set)"
+
+
+def test_config_shows_explains_and_differs(capsys):
+  assert config.main(["show", "--gin.Train.steps=7", "--json"]) == 0
+  assert json.loads(capsys.readouterr().out)["train"]["steps"] == 7
+  assert config.main(["diff", str(QUICK), str(QUICK)]) == 0
+  assert config.main(["diff", str(QUICK), str(QUICK.with_name("quickstart_long.gin"))]) == 1
+  assert "train.steps: 550 -> 3500" in capsys.readouterr().out
+  assert config.main(["explain", "Rope"]) == 0
+  assert "Rope.theta: float" in capsys.readouterr().out
+  assert config.main(["list", "*.top_k", "--json"]) == 0
+  assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["Router.top_k"]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["explain", "topk"], "did you mean Router.top_k"), (["list", "nothing*"], "no field matches"),
+    (["diff", "/none", str(QUICK)], "does not exist"), (["diff", "a.gin", str(QUICK)], "a.gin"),
+    (["show", "--gin.Router.topk=3"], "top_k"), (["explain", "Router", "--more"], "unknown argument")])
+def test_config_mistakes_are_one_line(argv, words):
+  with pytest.raises((UserError, SystemExit), match=words):
+    config.main(argv)
+
+
+def test_doctor_finds_this_machine_fit(tmp_path, capsys):
+  code = doctor.main([f"--run_dir={tmp_path}", "--json"])
+  found = {row["what"]: row for row in json.loads(capsys.readouterr().out)}
+  assert code == int(any(row["state"] == "wrong" for row in found.values()))
+  for what in ("python", "jax", "devices", "jax.distributed", "write test", "memfd"):
+    assert found[what]["state"] == "ok", found[what]
+  assert not list(tmp_path.iterdir())
+
+
+def test_doctor_finds_what_is_wrong(tmp_path, monkeypatch):
+  (tmp_path / "file").write_text("")
+  assert doctor.writing(str(tmp_path / "file" / "run")).state == "wrong"
+  monkeypatch.setattr(doctor, "_DEVICES", "raise RuntimeError('no chips today')")
+  assert doctor.devices().state == "wrong" and "no chips today" in doctor.devices().told
+  monkeypatch.setattr(doctor, "_DEVICES", "import time; time.sleep(9)")
+  assert "did not answer" in doctor.devices(0.2).told
+  monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "0.0.1")
+  assert {f.state for f in doctor.packages()} == {"wrong"}
+  lock = tmp_path / "lock"
+  lock.touch()
+  monkeypatch.setattr(doctor, "_LOCK", lock)
+  assert "nobody holds it" in doctor.libtpu_lock().told
+  with open(lock):
+    assert f"held by process {os.getpid()}" in doctor.libtpu_lock().told
+
+
+@pytest.mark.parametrize("version, bounds, fits", [
+    ("0.12.8", ">=0.12.8", True), ("0.13.0", "<0.13", False), ("0.12.10", ">=0.12.8", True), ("2.0", "==2.0", True),
+    ("1.9", ">=1.10", False)])
+def test_bounds_of_versions(version, bounds, fits):
+  assert doctor._fits(version, bounds) is fits
+
+
+def test_tables_are_plain_where_there_is_no_terminal(capsys):
+  terminal.table(("name", "count"), [("a", 1000), ("long", 2)])
+  assert capsys.readouterr().out == "name  count\na     1,000\nlong      2\n"
+  terminal.as_json({"x": float("nan"), "y": (1, 2)})
+  assert json.loads(capsys.readouterr().out) == {"x": None, "y": [1, 2]}
+  assert terminal.bars([0, 0.5, 1, float("nan")], 1.0) == " ▄█!"
+
+
+def test_a_mistake_is_one_line_and_a_closed_pipe_is_none():
+  tool = [sys.executable, "-m", "tools.config"]
+  done = subprocess.run([*tool, "explain", "nothing"], capture_output=True, text=True, cwd=ROOT)
+  assert done.returncode == 2 and done.stdout == "" and done.stderr == "error: there is no nothing\n"
+  done = subprocess.run(f"{sys.executable} -m tools.config list | head -1", shell=True, capture_output=True, text=True,
+                        cwd=ROOT)
+  assert done.stderr == ""

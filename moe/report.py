@@ -1,4 +1,4 @@
-"""A run's records as pictures: one HTML file with everything in it, and the PNGs beside it. Needs no device."""
+"""Records of runs as pictures: one HTML file with everything in it, and the PNGs beside it. Needs no device, no network."""
 
 from __future__ import annotations
 
@@ -41,31 +41,68 @@ def read(run_dir) -> dict[str, list[dict]]:
   return {kind: [records[step] for step in sorted(records)] for kind, records in by_kind.items()}
 
 
-def write(run_dir) -> epath.Path:
+def write(run_dir, refresh_seconds: int = 0) -> epath.Path:
   """Draws every picture and writes `<run_dir>/report/index.html`; returns its path.
+
+  Args:
+    refresh_seconds: > 0: the page loads itself again after so long.
 
   Raises:
     ReportError
   """
-  records = read(run_dir)
-  folder = epath.Path(run_dir) / "report"
+  run_dir, records = epath.Path(run_dir), read(run_dir)
+  folder = run_dir / "report"
+  runs = {run_dir.name: records}
+  pictures = _save(folder, {
+      "curves": ("Training and evaluation", _draw_curves(runs)), "load": ("Expert load over time", _draw_load(records)),
+      "domains": ("Which experts a domain uses", _draw_domains(records)), "routing": ("Routing", _draw_routing(records)),
+      "specialisation": ("Specialisation", _draw_specialisation(records)),
+      "information": ("What one layer's routing tells about another's", _draw_information(records)),
+      "goodput": ("Where the time went", _draw_goodput(runs))})
+  kept = _config(run_dir)
+  shown = json.dumps(kept, indent=1) if kept else "no config.json"
+  body = (_facts(runs) + pictures + _domain_table(records) + _examples(records)
+          + f"<details><summary>Resolved config</summary><pre>{html.escape(shown)}</pre></details>")
+  return _write_page(folder, run_dir.name, body, refresh_seconds)
+
+
+def compare(run_dirs, folder, refresh_seconds: int = 0) -> epath.Path:
+  """Several runs over each other, and what differs in their configs: `<folder>/index.html`.
+
+  Raises:
+    ReportError
+  """
+  paths = [epath.Path(path) for path in run_dirs]
+  names = [path.name for path in paths]
+  if len(set(names)) < len(names):
+    names = [str(path) for path in paths]
+  runs = {name: read(path) for name, path in zip(names, paths)}
+  pictures = _save(epath.Path(folder), {"curves": ("Training and evaluation", _draw_curves(runs)),
+                                        "balance": ("Balance", _draw_balance(runs)),
+                                        "goodput": ("Where the time went", _draw_goodput(runs))})
+  body = _facts(runs) + _config_table({name: _config(path) for name, path in zip(names, paths)}) + pictures
+  return _write_page(epath.Path(folder), " / ".join(names), body, refresh_seconds)
+
+
+def _save(folder: epath.Path, figures: dict) -> str:
+  """Writes the PNGs; the same as HTML."""
   folder.mkdir(parents=True, exist_ok=True)
-  pictures = []
-  for name, title, draw in (("loss", "Loss and evaluation", _draw_loss), ("load", "Expert load over time", _draw_load),
-                            ("domains", "Which experts a domain uses", _draw_domains),
-                            ("routing", "Routing", _draw_routing), ("specialisation", "Specialisation", _draw_specialisation),
-                            ("information", "What one layer's routing tells about another's", _draw_information),
-                            ("speed", "Throughput", _draw_speed)):
-    figure = draw(records)
-    if figure is not None:
-      buffer = io.BytesIO()
-      figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-      plt.close(figure)
-      (folder / f"{name}.png").write_bytes(buffer.getvalue())
-      pictures.append((title, buffer.getvalue()))
-  page = folder / "index.html"
-  page.write_text(_page(epath.Path(run_dir), records, pictures))
-  return page
+  parts = []
+  for name, (title, figure) in figures.items():
+    if figure is None:
+      continue
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    (folder / f"{name}.png").write_bytes(buffer.getvalue())
+    parts.append(f"<h2>{html.escape(title)}</h2><img alt='{html.escape(title)}' "
+                 f"src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>")
+  return "".join(parts)
+
+
+def _config(run_dir: epath.Path) -> dict | None:
+  path = run_dir / "config.json"
+  return json.loads(path.read_text()) if path.exists() else None
 
 
 def domains(records: dict) -> list[str]:
@@ -78,16 +115,108 @@ def _column(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
   return np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs], float)
 
 
-def _draw_loss(records):
-  figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.6))
-  left.plot(*_column(records["train"], "loss"), linewidth=0.8)
-  left.set(title="training loss", xlabel="step", ylabel="nats a token")
-  left.set_ylim(top=np.nanpercentile(_column(records["train"], "loss")[1], 99.5) * 1.05)
-  for name in domains(records):
-    right.plot(*_column(records[f"eval/{name}"], "bits_per_byte"), marker="o", label=name)
-  right.set(title="validation", xlabel="step", ylabel="bits a byte")
-  if domains(records):
-    right.legend()
+def _tokens(records: list[dict], steps: np.ndarray) -> np.ndarray:
+  """Tokens read up to each of the steps."""
+  at, each = _column(records, "tokens")
+  return np.interp(steps, at, np.cumsum(each))
+
+
+def _hours(records: list[dict]) -> np.ndarray:
+  """Wall time of each record since the first one; nan where a long pause begins, so that no line is drawn over it."""
+  times = np.array([r["time"] for r in records])
+  gaps = np.diff(times, prepend=times[0])
+  hours = (times - times[0]) / 3600
+  hours[gaps > 60 * max(np.median(gaps), 1.0)] = np.nan
+  return hours
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+  """Mean over a hundredth of the run, so that several runs can be told apart."""
+  width = max(len(values) // 100, 1)
+  kernel = np.ones(width)
+  valid = np.isfinite(values)
+  return (np.convolve(np.where(valid, values, 0), kernel, "same") / np.maximum(np.convolve(valid, kernel, "same"), 1e-9))
+
+
+def _draw_curves(runs: dict[str, dict]):
+  """Loss by tokens and by time, validation by domain, gradient norm, learning rate, speed; runs over each other."""
+  figure, axes = plt.subplots(2, 3, figsize=(16, 7.2), layout="constrained")
+  names = sorted({name for records in runs.values() for name in domains(records)})
+  styles = dict(zip(names, ("-", "--", ":", "-.") * len(names)))
+  tops = []
+  for number, (run, records) in enumerate(runs.items()):
+    train, color = records["train"], f"C{number}"
+    steps, loss = _column(train, "loss")
+    millions = _tokens(train, steps) / 1e6
+    tops.append(np.nanpercentile(loss, 99.5))
+    for axis, x in ((axes[0, 0], millions), (axes[0, 1], _hours([r for r in train if "loss" in r]))):
+      axis.plot(x, loss, color=color, linewidth=0.5, alpha=0.3)
+      axis.plot(x, _smooth(loss), color=color, linewidth=1.2, label=run)
+    for name in domains(records):
+      at, bits = _column(records[f"eval/{name}"], "bits_per_byte")
+      axes[0, 2].plot(_tokens(train, at) / 1e6, bits, color=color, linestyle=styles[name], marker="o", markersize=3,
+                      label=f"{run}: {name}" if len(runs) > 1 else name)
+      axes[0, 2].annotate(f"{bits[-1]:.3f}", (_tokens(train, at[-1:])[0] / 1e6, bits[-1]), textcoords="offset points",
+                          xytext=(-3, 6), ha="right", fontsize=8, color=color)
+    axes[1, 0].plot(millions, _smooth(_column(train, "gradient_norm")[1]), color=color, linewidth=0.9)
+    axes[1, 1].plot(millions, _column(train, "learning_rate")[1], color=color, linewidth=1.2)
+    if records.get("speed"):
+      at, speed = _column(records["speed"], "tokens_per_second")
+      axes[1, 2].plot(_tokens(train, at) / 1e6, speed, color=color, linewidth=0.9)
+      mfu = np.nanmedian(_column(records["speed"], "mfu")[1])
+      whose = f"{run}: " if len(runs) > 1 else ""
+      axes[1, 2].plot([], [], color=color, label=f"{whose}median {np.median(speed):,.0f}, MFU {mfu:.1%}")
+  for axis in axes[0, :2]:
+    axis.set_ylim(top=max(tops) * 1.05)
+  axes[0, 0].set(title="training loss, nats a token", xlabel="million tokens")
+  axes[0, 1].set(title="training loss, nats a token", xlabel="hours")
+  axes[0, 2].set(title="validation, bits a byte", xlabel="million tokens")
+  axes[1, 0].set(title="gradient norm", xlabel="million tokens", yscale="log")
+  axes[1, 1].set(title="learning rate", xlabel="million tokens", ylim=(0, None))
+  axes[1, 2].set(title="tokens a second", xlabel="million tokens", ylim=(0, None))
+  for axis in [axes[0, 2], axes[1, 2], *([axes[0, 0]] if len(runs) > 1 else [])]:
+    if axis.get_legend_handles_labels()[0]:
+      axis.legend(fontsize=8)
+  for axis in axes.flat:
+    axis.grid(alpha=0.2)
+  return figure
+
+
+def _draw_balance(runs: dict[str, dict]):
+  figure, axes = plt.subplots(1, 3, figsize=(16, 3.4), layout="constrained")
+  titles = {"balance": "balance loss (1 is balanced)", "load_max": "largest load / mean load", "router_entropy":
+            "router entropy, nats"}
+  for number, (run, records) in enumerate(runs.items()):
+    for axis, (key, title) in zip(axes, titles.items()):
+      steps, values = _column(records["train"], key)
+      axis.plot(_tokens(records["train"], steps) / 1e6, _smooth(values), color=f"C{number}", linewidth=1, label=run)
+      axis.set(title=title, xlabel="million tokens")
+      axis.grid(alpha=0.2)
+  axes[0].legend(fontsize=8)
+  return figure
+
+
+def _draw_goodput(runs: dict[str, dict]):
+  """A bar a run: seconds by what they went into, as the run last told."""
+  told = {run: {key.removeprefix("goodput/"): value for key, value in records["speed"][-1].items()
+                if key.startswith("goodput/")} for run, records in runs.items() if records.get("speed")}
+  told = {run: table for run, table in told.items() if table}
+  if not told:
+    return None
+  kinds = ["step"] + sorted({kind for table in told.values() for kind in table} - {"step"})
+  figure, axis = plt.subplots(figsize=(12, 1.2 + 0.5 * len(told)), layout="constrained")
+  for place, table in enumerate(reversed(told.values())):
+    left, total = 0.0, sum(table.values())
+    for number, kind in enumerate(kinds):
+      share = table.get(kind, 0.0) / total
+      axis.barh(place, share, left=left, color="C2" if kind == "step" else f"C{(number + 2) % 10}",
+                label=kind if place == 0 else None)
+      if share > 0.04:
+        axis.text(left + share / 2, place, f"{share:.0%}", ha="center", va="center", fontsize=8, color="white")
+      left += share
+  axis.set_yticks(range(len(told)), [f"{run} ({sum(table.values()):,.0f} s)" for run, table in reversed(told.items())])
+  axis.set(xlim=(0, 1), xlabel="share of the time; steps are what it is for")
+  axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45 if len(told) < 3 else -0.25), ncols=len(kinds), fontsize=8)
   return figure
 
 
@@ -178,17 +307,6 @@ def _draw_information(records):
   return figure
 
 
-def _draw_speed(records):
-  if not records.get("speed"):
-    return None
-  figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.2))
-  left.plot(*_column(records["speed"], "tokens_per_second"))
-  left.set(title="tokens a second", xlabel="step", ylim=(0, None))
-  right.plot(*_column(records["speed"], "mfu"))
-  right.set(title="MFU", xlabel="step", ylim=(0, None))
-  return figure
-
-
 def _domain_table(records) -> str:
   """Domain x expert: each expert's share of the domain's selections, averaged over layers."""
   rows = []
@@ -222,22 +340,57 @@ def _examples(records) -> str:
           "and two places in the text.</p>" + "".join(parts))
 
 
-def _page(run_dir, records, pictures) -> str:
-  last = records["train"][-1]
-  facts = [("steps", last["step"] + 1), ("training loss", f"{last['loss']:.4f} nats a token"),
-           ("balance", f"{last['balance']:.4f}"), ("skipped steps", last["skipped_steps"])]
-  facts += [(f"{name}, validation", f"{records[f'eval/{name}'][-1]['bits_per_byte']:.4f} bits a byte")
-            for name in domains(records)]
-  if records.get("speed"):
-    facts.append(("tokens a second, median", f"{np.median(_column(records['speed'], 'tokens_per_second')[1]):,.0f}"))
-  rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in facts)
-  images = "".join(f"<h2>{html.escape(title)}</h2><img alt='{html.escape(title)}' "
-                   f"src='data:image/png;base64,{base64.b64encode(data).decode()}'>" for title, data in pictures)
-  config_file = run_dir / "config.json"
-  shown = json.dumps(json.loads(config_file.read_text()), indent=1) if config_file.exists() else "no config.json"
-  return (f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(run_dir.name)}</title><style>"
-          "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
-          "img{max-width:100%}th,td{padding:.15rem .7rem;text-align:left}td{font-variant-numeric:tabular-nums}"
-          ".wide{overflow-x:auto}mark{background:#fd6}pre{font-size:.8rem}</style>"
-          f"<h1>{html.escape(run_dir.name)}</h1><table>{rows}</table>{images}{_domain_table(records)}{_examples(records)}"
-          f"<details><summary>Resolved config</summary><pre>{html.escape(shown)}</pre></details></html>\n")
+def _facts(runs: dict[str, dict]) -> str:
+  """A column a run."""
+  columns = []
+  for records in runs.values():
+    last = records["train"][-1]
+    facts = {"steps": f"{last['step'] + 1:,}", "tokens": f"{_column(records['train'], 'tokens')[1].sum():,.0f}",
+             "training loss, nats a token": f"{last['loss']:.4f}" if last["loss"] is not None else "not finite",
+             "balance": f"{last['balance']:.4f}", "skipped steps": str(last["skipped_steps"])}
+    facts |= {f"{name}, validation, bits a byte": f"{records[f'eval/{name}'][-1]['bits_per_byte']:.4f}"
+              for name in domains(records)}
+    if records.get("speed"):
+      facts["tokens a second, median"] = f"{np.median(_column(records['speed'], 'tokens_per_second')[1]):,.0f}"
+    columns.append(facts)
+  keys = list(dict.fromkeys(key for facts in columns for key in facts))
+  head = "<tr><th></th>" + "".join(f"<th>{html.escape(run)}</th>" for run in runs) + "</tr>" if len(runs) > 1 else ""
+  return f"<table class=figures>{head}{_rows(keys, columns, '')}</table>"
+
+
+def _rows(keys, columns: list[dict[str, str]], missing: str) -> str:
+  """A table row a key, a cell a column."""
+  return "".join(f"<tr><th>{html.escape(key)}</th>" + "".join(
+      f"<td>{html.escape(column.get(key, missing))}</td>" for column in columns) + "</tr>" for key in keys)
+
+
+def _config_table(configs: dict[str, dict | None]) -> str:
+  """The fields in which the runs differ."""
+  def flat(values, prefix=""):
+    for key, value in (values or {}).items():
+      if isinstance(value, dict):
+        yield from flat(value, f"{prefix}{key}.")
+      else:
+        yield prefix + key, json.dumps(value)
+
+  columns = [dict(flat(kept)) for kept in configs.values()]
+  keys = sorted({key for column in columns for key in column})
+  different = [key for key in keys if len({column.get(key) for column in columns}) > 1]
+  head = "<tr><th>config</th>" + "".join(f"<th>{html.escape(run)}</th>" for run in configs) + "</tr>"
+  if not different:
+    return "<p>Their configs are equal.</p>"
+  return f"<h2>What differs in their configs</h2><table class=figures>{head}{_rows(different, columns, '-')}</table>"
+
+
+def _write_page(folder: epath.Path, title: str, body: str, refresh_seconds: int) -> epath.Path:
+  again = f"<meta http-equiv=refresh content={refresh_seconds}>" if refresh_seconds else ""
+  page = folder / "index.html"
+  page.write_text(
+      f"<!doctype html><html lang=en><meta charset=utf-8>{again}<link rel=icon href='data:,'>"
+      f"<meta name=viewport content='width=device-width'><title>{html.escape(title)}</title><style>"
+      "body{font:16px/1.5 system-ui,sans-serif;max-width:80rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}"
+      "img{max-width:100%}th,td{padding:.15rem .7rem;text-align:left}td{font-variant-numeric:tabular-nums}"
+      "tr:nth-child(even){background:#f6f6f6}.figures td,.figures th+th{text-align:right}table{border-collapse:collapse}"
+      ".wide{overflow-x:auto}mark{background:#fd6}pre{font-size:.8rem}</style>"
+      f"<h1>{html.escape(title)}</h1>{body}</html>\n")
+  return page

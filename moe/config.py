@@ -519,13 +519,22 @@ def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
 
 
 def from_dict(cls, values: dict) -> Any:
-  """The inverse of `to_dict`; unknown keys raise TypeError, so a config of another version is not half read."""
+  """The inverse of `to_dict`.
+
+  Raises:
+    ConfigError: an unknown or missing field, so a config of another version is not half read.
+  """
   hints, arguments = typing.get_type_hints(cls), {}
   for name, value in values.items():
-    hint = hints.get(name)
+    if name not in hints:
+      raise ConfigError(f"{cls.__name__} has no field {name!r}: the config is of another version of this code")
+    hint = hints[name]
     if dataclasses.is_dataclass(hint):
       value = from_dict(hint, value)
     elif typing.get_origin(hint) is tuple:
       value = tuple(from_dict(typing.get_args(hint)[0], item) for item in value)
     arguments[name] = value
+  lacking = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in arguments]
+  if lacking:
+    raise ConfigError(f"{cls.__name__} lacks {', '.join(lacking)}: the config is of another version of this code")
   return cls(**arguments)

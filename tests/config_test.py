@@ -87,6 +87,11 @@ def test_run_refusals(changes, message):
 def test_dict_round_trip():
   run = small.run()
   assert config.from_dict(config.Run, config.to_dict(run)) == run
+  kept = config.to_dict(run)
+  with pytest.raises(config.ConfigError, match="Router has no field 'old_name': the config is of another version"):
+    config.from_dict(config.Run, {**kept, "model": {**kept["model"], "router": {"old_name": 1}}})
+  with pytest.raises(config.ConfigError, match="Run lacks model"):
+    config.from_dict(config.Run, {key: value for key, value in kept.items() if key != "model"})
 
 
 def test_differences_names_every_leaf():

@@ -220,6 +220,14 @@ def test_init_from_takes_parameters_only(corpus, straight, tmp_path):
 
 
 @pytest.mark.slow
+def test_evaluation_of_all_checkpoints(straight):
+  done = finish([sys.executable, "-m", "tools.evaluate", str(straight), "--series", "--limit=1", "--json"])
+  rows = json.loads(done.stdout)["checkpoints"]
+  assert [row["step"] for row in rows] == sorted(row["step"] for row in rows) and len(rows) > 1
+  assert all(row["tokens_seen"] == row["step"] * 8 * 64 and row["domains"]["tiny"]["bits_per_byte"] > 0 for row in rows)
+
+
+@pytest.mark.slow
 def test_profile(corpus, tmp_path):
   finish(command(corpus, tmp_path, "--profile_steps=1:3", **{"Train.steps": 4}))
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))

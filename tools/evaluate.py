@@ -1,52 +1,79 @@
-"""Scores a checkpoint by domain: bits per byte, each byte once. `python -m tools.evaluate RUN_DIR --split=test`"""
+"""Scores checkpoints by domain: bits per byte, each byte once. `python -m tools.evaluate RUN_DIR --split=test [--series]`
+
+`--series` scores every checkpoint of a run, with the tokens it had seen and what a token costs: forward FLOPs with the experts
+that one token passes through.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 
 import jax
 import numpy as np
 
+from moe import checkpoint
 from moe import config
 from moe import evaluate
+from moe import sizes
 from moe import step as step_lib
 from tools import restore
 from tools import terminal
 
 
 def main(argv: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog="python -m tools.evaluate", description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(prog="python -m tools.evaluate", description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("path", help="run directory, or checkpoints/<step> of one")
   parser.add_argument("--split", default="validation", choices=("validation", "test", "train"))
   parser.add_argument("--domain", action="append", metavar="NAME=PATH",
                       help="a domain to score in place of the run's own; repeatable")
   parser.add_argument("--limit", type=int, metavar="N", help="batches a domain (default: all)")
+  parser.add_argument("--series", action="store_true", help="every checkpoint of the run, oldest first")
   parser.add_argument("--json", action="store_true", help="one JSON object, with all that is known of the routing")
   arguments = parser.parse_args(argv)
-  trained = restore.load(arguments.path)
+  folders = list(reversed(checkpoint.step_folders(arguments.path))) if arguments.series else [arguments.path]
+  scored = []
+  for folder in folders:
+    trained = restore.load(folder)
+    scored.append((trained, score(trained, arguments)))
+  told = [describe(trained, results) for trained, results in scored]
+  if arguments.json:
+    shown = {"path": arguments.path, "split": arguments.split}
+    terminal.as_json({**shown, "checkpoints": told} if arguments.series else {**shown, **told[0]})
+  elif arguments.series:
+    names = list(scored[0][1])
+    terminal.table(("step", "tokens", "MFLOP a token", *(f"{name}, bits/byte" for name in names)), [
+        (row["step"], row["tokens_seen"], row["flops_per_token"] / 1e6,
+         *(row["domains"][name]["bits_per_byte"] for name in names)) for row in told], left=())
+  else:
+    for name, result in scored[0][1].items():
+      print(f"{name:12s} {result['bits_per_byte']:.4f} bits/byte  {result['loss']:.4f} nats/token  "
+            f"accuracy {result['accuracy']:.2%}  {result['bytes']:,} bytes of {arguments.split}")
+    print("routing, all domains together", *evaluate.routing_table(scored[0][1]), sep="\n")
+  return terminal.FINE
+
+
+def score(trained: restore.Trained, arguments) -> dict[str, dict]:
+  """Results by domain, see `evaluate.evaluate_domain`."""
   domains = trained.run.data.domains
   if arguments.domain:
     pairs = [text.partition("=") for text in arguments.domain]
     if not all(path for _, _, path in pairs):
       raise config.ConfigError(f"--domain={arguments.domain} is not NAME=PATH")
     domains = tuple(config.Domain(name=name, path=path) for name, _, path in pairs)
-  results = {}
   with jax.set_mesh(trained.mesh):
     eval_step = step_lib.jit_eval_step(trained.run, trained.mesh)
-    for domain in domains:
-      result, _ = evaluate.evaluate_domain(trained.run, trained.mesh, eval_step, trained.params, domain, trained.tokenizer,
-                                           arguments.split, arguments.limit)
-      results[domain.name] = result
-      if not arguments.json:
-        print(f"{domain.name:12s} {result['bits_per_byte']:.4f} bits/byte  {result['loss']:.4f} nats/token  "
-              f"accuracy {result['accuracy']:.2%}  {result['bytes']:,} bytes of {arguments.split}")
-  if arguments.json:
-    plain = {name: {key: np.asarray(value).tolist() for key, value in result.items()} for name, result in results.items()}
-    print(json.dumps({"path": arguments.path, "step": trained.step, "split": arguments.split, "domains": plain}))
-  else:
-    print("routing, all domains together", *evaluate.routing_table(results), sep="\n")
-  return 0
+    return {domain.name: evaluate.evaluate_domain(trained.run, trained.mesh, eval_step, trained.params, domain,
+                                                  trained.tokenizer, arguments.split, arguments.limit)[0] for domain in domains}
+
+
+def describe(trained: restore.Trained, results: dict[str, dict]) -> dict:
+  """A checkpoint's step, tokens, forward FLOPs a token (experts counted as active), and its results as plain values."""
+  run = trained.run
+  return {"step": trained.step, "tokens_seen": trained.step * run.tokens_per_step,
+          "flops_per_token": sizes.flops_per_token(run.model, run.data.sequence_tokens) / 3,
+          "domains": {name: {key: np.asarray(value).tolist() for key, value in result.items()}
+                      for name, result in results.items()}}
 
 
 if __name__ == "__main__":

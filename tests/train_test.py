@@ -95,7 +95,7 @@ def test_the_run_directory_and_the_last_words(straight):
     assert part in text, part
   assert len(losses(run_dir)) == 24
   pictures = {path.name for path in (run_dir / "report").iterdir()}
-  assert {"index.html", "loss.png", "load.png", "domains.png", "routing.png", "information.png", "speed.png"} <= pictures
+  assert {"index.html", "curves.png", "load.png", "domains.png", "routing.png", "information.png", "goodput.png"} <= pictures
   assert gin_config.resolve([run_dir / "config.gin"]).run.train.steps == 24  # the operative config is a config
   values = list(losses(run_dir).values())
   assert np.mean(values[-4:]) < values[0] - 0.5
@@ -221,7 +221,7 @@ def test_init_from_takes_parameters_only(corpus, straight, tmp_path):
 
 @pytest.mark.slow
 def test_evaluation_of_all_checkpoints(straight):
-  done = finish([sys.executable, "-m", "tools.evaluate", str(straight), "--series", "--limit=1", "--json"])
+  done = finish([sys.executable, "-m", "tools.evaluate", str(straight[0]), "--series", "--limit=1", "--json"])
   rows = json.loads(done.stdout)["checkpoints"]
   assert [row["step"] for row in rows] == sorted(row["step"] for row in rows) and len(rows) > 1
   assert all(row["tokens_seen"] == row["step"] * 8 * 64 and row["domains"]["tiny"]["bits_per_byte"] > 0 for row in rows)

@@ -236,7 +236,6 @@ class Checkpointer:
   def __exit__(self, kind, *_):
     if kind is not None:
       self._stop_reading()
-      self._unread = None
     self.close()
 
   def _sweep(self) -> None:

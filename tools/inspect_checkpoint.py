@@ -344,7 +344,11 @@ def _value_difference(a: stored.Source, b: stored.Source, x: stored.Leaf, y: sto
   for begin, block in stored.blocks(a, x.name):
     other = b.read(y.name, begin, tuple(start + n for start, n in zip(begin, block.shape)))
     for at in range(0, block.size, _PIECE):
-      p, q = (np.ascontiguousarray(v).reshape(-1)[at : at + _PIECE].astype(np.float64) for v in (block, other))
+      p, q = (np.ascontiguousarray(v).reshape(-1)[at : at + _PIECE] for v in (block, other))
+      if p.dtype == q.dtype and np.array_equal(p.view(np.uint8), q.view(np.uint8)):
+        scale = max(scale, float(np.nanmax(np.abs(p.astype(np.float32)), initial=0)))
+        continue
+      p, q = p.astype(np.float64), q.astype(np.float64)
       gap = np.abs(p - q)
       gap[(p == q) | (np.isnan(p) & np.isnan(q))] = 0.0  # infinities of one sign, NaN in both
       gap[np.isnan(gap)] = np.inf

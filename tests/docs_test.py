@@ -30,7 +30,8 @@ def commands() -> list[tuple[str, str]]:
     fenced = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.S | re.M))
     lines = [line.strip() for line in fenced.splitlines()]
     lines += re.findall(r"`((?:python -m|bash tools/)[^`]*)`", text.replace("\n", " "))
-    found += [(page.name, re.sub(r"\s+#.*", "", line)) for line in lines if re.match(r"python -m (moe|tools)|bash tools/", line)]
+    found += [(page.name, re.sub(r"\s+#.*", "", line)) for line in lines
+              if re.match(r"python -m (moe|tools)|bash tools/", line)]
   return sorted(set(found))
 
 

@@ -99,7 +99,7 @@ NOISY = {"gate": "noisy", "balance_scope": "step", "balance_coef": 1.0, "z_loss_
 
 @pytest.mark.parametrize("mesh, micro", [
     pytest.param({"data": 8}, 1, marks=pytest.mark.slow), pytest.param({}, 4, marks=pytest.mark.slow),
-    ({"data": 2, "expert": 2}, 2)], ids=str)
+    pytest.param({"data": 2, "expert": 2}, 2, marks=pytest.mark.slow)], ids=str)
 def test_noisy_gate_does_not_depend_on_mesh_or_micro_batches(mesh, micro):
   batch = small.batch()
   want = objective_and_gradients(small.run(model={"router": NOISY}), batch)
@@ -217,6 +217,7 @@ def router_gradient(**changes):
   return np.asarray(jax.grad(value)(params["layers"]["experts"]["moe"]["router"]["projector"]))
 
 
+@pytest.mark.slow
 def test_the_gradient_travels_through_the_state():
   """Section 2.5 of the formulas: the first projector gets a gradient through h; detach and NP cut it."""
   recurrent_gradient = np.abs(router_gradient()).max((1, 2))
@@ -254,6 +255,7 @@ def test_router_parameter_counts_are_the_papers():
 # ---------------------------------------------------------------------------------------------------------- pre-gate
 
 
+@pytest.mark.slow
 def test_pre_gate_decides_once_for_all_layers():
   model = small.model(num_layers=3, router=PRE_GATE)
   transformer, params = init(model)

@@ -46,10 +46,10 @@ def test_every_mesh_gives_the_single_device_loss_and_gradients(mesh):
   assert_same(want_grads, grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [
     {"attention": {"kind": "mla", "num_kv_heads": 0, "kv_lora_rank": 8, "rope_head_dim": 4, "v_head_dim": 6}},
-    pytest.param({"experts": {"capacity_factor": 0.5, "d_shared": 16, "shared_gate": True}}, marks=pytest.mark.slow)],
-                         ids=["mla", "capacity_shared"])
+    {"experts": {"capacity_factor": 0.5, "d_shared": 16, "shared_gate": True}}], ids=["mla", "capacity_shared"])
 def test_a_mixed_mesh_for_other_models(variant):
   results = [objective_and_gradients(small.run(model={"router": STRONG, **variant}, mesh=mesh), small.batch())
              for mesh in ({}, {"fsdp": 2, "expert": 2, "tensor": 2})]
@@ -106,8 +106,8 @@ def test_other_scopes_are_not(scope, changes):
   assert difference(want_grads, grads) > 1e-3
 
 
-@pytest.mark.parametrize("mesh", [pytest.param({"data": 8}, marks=pytest.mark.slow),
-                                  {"data": 2, "expert": 4}], ids=mesh_name)
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "expert": 4}], ids=mesh_name)
+@pytest.mark.slow
 def test_global_scope_ignores_the_mesh_within_a_micro_batch(mesh):
   run = small.run(model={"router": STRONG}, mesh=mesh, train={"micro_batches": 1})
   np.testing.assert_allclose(objective_and_gradients(run, small.batch())[0], single_device("global")[0], rtol=1e-5)

@@ -147,6 +147,7 @@ def test_kill_at_a_random_step_and_resume_is_bit_equal(corpus, straight, tmp_pat
   assert final_digests(tmp_path)["sides"]["data"] == final_digests(straight[0])["sides"]["data"]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_143(corpus, straight, tmp_path):
   process = subprocess.Popen(command(corpus, tmp_path), cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True)

@@ -4,7 +4,7 @@
 #   bash tools/dev.sh test  [flags of pytest]        the fast tests; with `--slow` all of them
 #   bash tools/dev.sh tpu   [flags of pytest]        the compile tests for TPU (Python >= 3.12)
 #   bash tools/dev.sh faults [flags of pytest]       whole jobs with faults; MOE_FAULT_TURN=n takes every fourth from n on
-#   bash tools/dev.sh parity [flags of pytest]       the Hugging Face tests beside torch and transformers (CPU builds)
+#   bash tools/dev.sh parity [flags of pytest]       the Hugging Face tests beside torch and transformers (CPU builds), and lm-eval
 #   bash tools/dev.sh run   COMMAND ...              any command within the environment
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -57,8 +57,8 @@ case "$verb" in
     environment .venv-test 11 -r tools/requirements_test.txt
     exec .venv-test/bin/python -m pytest -n 0 tests/faults_test.py "$@" ;;
   parity)
-    environment .venv-parity 11 -r tools/requirements_test.txt "torch==2.13.0+cpu" "transformers==5.23.0"
-    exec .venv-parity/bin/python -m pytest -n 0 tests/hugging_face_test.py "$@" ;;
+    environment .venv-parity 11 -r tools/requirements_test.txt "torch==2.13.0+cpu" "transformers==5.23.0" "lm-eval==0.4.13"
+    exec .venv-parity/bin/python -m pytest -n 0 tests/hugging_face_test.py tests/lm_harness_test.py "$@" ;;
   run) environment .venv 11; PATH="$PWD/.venv/bin:$PATH" exec "$@" ;;
   *) sed -n '2,8s/^# \{0,1\}//p' "$0"; [ "$verb" = help ] ;;
 esac

@@ -16,7 +16,7 @@ ROOMS = ("moe", "tools", "tests")
 
 # Import name -> name in requirements, where they differ.
 _PACKAGES = {"gin": "gin_config", "orbax": "orbax_checkpoint", "pyarrow": None, "libtpu": None, "torch": None,
-             "transformers": None}
+             "transformers": None, "lm_eval": None}
 _DATA = {"moe_gin_config": ["configs/**/*.gin"], "moe_data_embedded": ["moe/data/corpora/*"],
          "tests_gin_config_test": ["tests/golden/*.txt"], "tests_hugging_face_test": ["tests/golden/hugging_face/**"],
          "tests_inspect_test": ["tests/golden/hugging_face/**"],

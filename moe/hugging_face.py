@@ -188,7 +188,9 @@ class AsOurs:
     self.leaves, used = {}, set()
     for name, place in self._places.items():
       self.leaves[name] = self._leaf(place, used)
-    unknown = sorted(set(source.leaves) - used - _derived(m))
+    further = [name for name in source.leaves if family.model_type == "deepseek_v3" and _layer_of(name) >= m.num_layers]
+    self.left_out = further  # of multi-token prediction
+    unknown = sorted(set(source.leaves) - used - _derived(m) - set(further))
     if unknown:
       raise InteropError(f"{len(unknown)} tensors have no place in a {family.model_type} model of this config: "
                          + ", ".join(unknown[:4]))
@@ -259,6 +261,11 @@ def _their_name(place: _Place, at: tuple[int, ...]) -> str:
   if place.layers is None:
     return place.part.name
   return f"model.layers.{place.layers[at[0]]}." + place.part.name.replace("{e}", str(at[-1]))
+
+
+def _layer_of(name: str) -> int:
+  parts = name.split(".")
+  return int(parts[2]) if parts[:2] == ["model", "layers"] and parts[2].isdigit() else -1
 
 
 def _derived(m: config.Model) -> set[str]:
@@ -406,6 +413,8 @@ def read_config(given: dict) -> config.Model:
     InteropError: a family or a key's value that we do not have.
   """
   family = family_of(given)
+  if given.get("quantization_config"):
+    raise InteropError("quantization_config: quantised weights are not read; give a checkpoint in bfloat16 or float32")
   fixed = {key.ours: key.value for key in family.keys if isinstance(key, Fixed)}
   flat = dict(fixed)
   for key in family.keys:

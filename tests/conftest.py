@@ -11,3 +11,10 @@ os.environ["XLA_FLAGS"] = " ".join([_given] + [f"--{name}={value}" for name, val
 import jax  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
+
+# The files that take minutes go first, so that no worker is left with one of them at the end.
+_LONG = ("train_test", "router_test", "step_test", "model_test", "fused_experts_test", "mesh_test", "checkpoint_test")
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: _LONG.index(item.path.stem) if item.path.stem in _LONG else len(_LONG))

@@ -151,6 +151,7 @@ def test_config_of_transformers_4():
     ("qwen2_moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
     ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05"),
     ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
+    ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
 ])
 def test_a_foreign_config_is_refused_by_its_key(name, change, words):
   given = json.loads((GOLDEN / name / "config.json").read_text())
@@ -204,6 +205,13 @@ def test_wrong_tensors_are_named(tmp_path, change, words):
   assert not (tmp_path / "out" / "checkpoints").exists()
 
 
+def test_multi_token_prediction_is_left_out_and_said(tmp_path, capsys):
+  extra = {"model.layers.3.enorm.weight": np.ones(32, np.float32)}
+  given = copied("deepseek_v3", tmp_path, lambda tensors: {**tensors, **extra})
+  assert import_hf.main([str(given), f"--out={tmp_path}/out"]) == 0
+  assert "left out: 1 tensors of multi-token prediction" in capsys.readouterr().out
+
+
 def test_import_then_export_gives_the_same_files(tmp_path, capsys):
   for suffix, flags in (("", []), ("16", ["--dtype=bfloat16", "--shard_gb=0.00006"])):
     assert import_hf.main([str(GOLDEN / "olmoe"), f"--out={tmp_path}/run{suffix}", "--check"]) == 0
@@ -233,6 +241,14 @@ def test_the_options_of_an_import_train(tmp_path):
   import_hf.main([str(GOLDEN / "deepseek_v3"), f"--out={tmp_path}/run"])
   resolved = gin_config.resolve([gin_config.CONFIGS / "run" / "quickstart.gin", tmp_path / "run" / "model.gin"])
   assert resolved.run.model == hugging_face.read_config(stored.find(GOLDEN / "deepseek_v3").config)
+
+
+def test_a_model_without_its_tokenizer_is_not_fed_bytes(tmp_path):
+  from tools import restore
+
+  import_hf.main([str(GOLDEN / "mixtral"), f"--out={tmp_path}/run"])  # 96 ids, and no tokenizer.json
+  with pytest.raises(config.ConfigError, match="'byte' has 259 ids but the model only 96"):
+    restore.load(str(tmp_path / "run"))
 
 
 def test_check_fails_when_a_tensor_is_wrong(tmp_path, capsys):

@@ -229,7 +229,7 @@ def test_sees_neither_the_future_nor_other_documents(name):
 
 
 @pytest.mark.parametrize("changes", [
-    {"experts": {"capacity_factor": 0.5, "drop_policy": "probability"}},
+    pytest.param({"experts": {"capacity_factor": 0.5, "drop_policy": "probability"}}, marks=pytest.mark.slow),
     {"experts": {"capacity_factor": 0.5, "drop_policy": "random"}}, VARIANTS["expert_choice"], VARIANTS["soft"],
 ], ids=["probability", "random", "expert_choice", "soft"])
 def test_lookahead_leaks_the_future(changes):

@@ -272,6 +272,7 @@ def test_pre_gate_decides_once_for_all_layers():
   assert 0 < 3 * sorts(router=PRE_GATE) == sorts()  # one plan, whatever the number of layers
 
 
+@pytest.mark.slow
 def test_pre_gate_depends_on_the_tokens_of_its_document_alone():
   model = small.model(router=PRE_GATE)
   transformer, params = init(model)

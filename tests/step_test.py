@@ -19,8 +19,8 @@ from tests.small import assert_same, difference, objective_and_gradients
 STRONG = {"balance_coef": 1.0, "z_loss_coef": 0.1}  # so that the balance terms dominate what is compared
 
 
-MESHES = [{"fsdp": 4, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2},
-          *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ({"data": 8}, {"expert": 8}))]  # more: mesh_test.py
+MESHES = [{"fsdp": 2, "expert": 2, "tensor": 2}, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in (
+    {"data": 8}, {"expert": 8}, {"fsdp": 4, "tensor": 2}))]  # more: mesh_test.py
 
 
 def mesh_name(mesh):

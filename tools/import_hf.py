@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
   size = terminal.count(sum(leaf.size for leaf in arrays.leaves.values()))
   print(f"{out}/checkpoints/0: {family.model_type}, {size} parameters in {len(found.source.leaves)} tensors, "
         f"{len(arrays.leaves)} arrays here; options in {out}/model.gin")
+  if arrays.left_out:
+    print(f"left out: {len(arrays.left_out)} tensors of multi-token prediction, which there is none of here")
   return check(arguments.hf_dir, out, model, family, arrays) if arguments.check else terminal.FINE
 
 

@@ -26,10 +26,14 @@ def load(path: str) -> Trained:
   """The newest whole checkpoint of a run directory, or a step directory, on one device.
 
   Raises:
-    checkpoint.CheckpointError, DataError
+    checkpoint.CheckpointError, config.ConfigError, records.DataError
   """
   logging.getLogger("absl").setLevel(logging.CRITICAL)
   run = config.from_dict(config.Run, checkpoint.read_run_config(path))
+  tokenizer = tokenizers.load(run.data.tokenizer)
+  if tokenizer.vocab_size > run.model.vocab_size:
+    raise config.ConfigError(f"the tokenizer {run.data.tokenizer!r} has {tokenizer.vocab_size} ids but the model only "
+                             f"{run.model.vocab_size}: it is of another tokenizer")
   mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
   step, params = checkpoint.restore_params(path, step_lib.abstract_state(run, mesh).params)
-  return Trained(run, step, params, mesh, tokenizers.load(run.data.tokenizer))
+  return Trained(run, step, params, mesh, tokenizer)

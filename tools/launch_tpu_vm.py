@@ -215,6 +215,8 @@ def _parse_type(text: str) -> tuple[str, int]:
 
 def archive() -> bytes:
   """What a VM needs, as .tar.gz; the same bytes for the same files."""
+  if not (ROOT / "moe" / "train.py").exists():
+    raise LaunchError("the code is shipped from a checkout; run it there with python -m tools.launch_tpu_vm")
   out = io.BytesIO()
   with tarfile.open(fileobj=out, mode="w:gz", compresslevel=6) as tar:
     for path in sorted(p for name in SHIPPED for p in ([ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*"))):

@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import pathlib
 import shutil
 import subprocess
@@ -257,7 +258,7 @@ def write(folder, source: stored.Source, run: config.Run | dict, chunk_bytes: in
   Raises:
     CheckpointError: the folder exists.
   """
-  folder = epath.Path(folder)
+  folder = stored.absolute(folder)
   if folder.exists():
     raise CheckpointError(f"{folder} exists; nothing is overwritten, choose another place")
   folder.parent.mkdir(parents=True, exist_ok=True)
@@ -267,7 +268,10 @@ def write(folder, source: stored.Source, run: config.Run | dict, chunk_bytes: in
     for i, (name, leaf) in enumerate(source.leaves.items()):
       sums[name], array = _spooled(source, leaf, f"{spool}/{i}")
       *parents, last = name.split(".")
-      functools.reduce(lambda tree, key: tree.setdefault(key, {}), parents, state)[last] = array
+      place = functools.reduce(lambda tree, key: tree.setdefault(key, {}) if isinstance(tree, dict) else tree, parents, state)
+      if not isinstance(place, dict) or last in place:
+        raise CheckpointError(f"{name} cannot be both a leaf and a branch of others; choose other names")
+      place[last] = array
     kept = run if isinstance(run, dict) else config.to_dict(run)
     side = {"data": {}, "config": {"format": stored.FORMAT, "run": kept, "operative": ""}}
     side = json.loads(json.dumps(side))
@@ -284,7 +288,9 @@ def _spooled(source: stored.Source, leaf: stored.Leaf, path: str) -> tuple[str, 
   dtype = stored.dtype_of(leaf.dtype)
   if not leaf.size:
     return stored.digest(iter(())), np.zeros(leaf.shape, dtype)
-  array = np.memmap(path, dtype, "w+", shape=leaf.shape or (1,))
+  with open(path, "wb") as file:
+    os.posix_fallocate(file.fileno(), 0, leaf.bytes)  # a full disk is an error here, and a signal later
+  array = np.memmap(path, dtype, "r+", shape=leaf.shape or (1,))
 
   def passing():
     for begin, block in stored.blocks(source, leaf.name):
@@ -382,15 +388,22 @@ def restore_params(path, abstract_params: Any) -> tuple[int, Any]:
   for folder in step_folders(path):
     try:
       expected = json.loads((folder / "digests" / "metadata").read_text())["leaves"]
+      kept = stored.Orbax(folder / "state").leaves
+
+      def as_stored(path, leaf):
+        """A converted checkpoint may have another dtype; the digests are of that."""
+        found = kept.get("params." + leaf_name(path))
+        return jax.ShapeDtypeStruct(leaf.shape, stored.dtype_of(found.dtype) if found else leaf.dtype, sharding=leaf.sharding)
+
       with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        item = {"params": abstract_params}
+        item = {"params": jax.tree_util.tree_map_with_path(as_stored, abstract_params)}
         params = checkpointer.restore(folder / "state", args=ocp.args.PyTreeRestore(
             item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True))["params"]
       missing = [leaf_name(p) for p, leaf in jax.tree_util.tree_leaves_with_path(params) if not isinstance(leaf, jax.Array)]
       if missing:  # Orbax gives the abstract leaf back where the checkpoint has none
         raise _Damaged(f"it has no {', '.join(missing[:3])}: it is of another model")
       _verify(params, expected, "params.")
-      return int(folder.name), params
+      return int(folder.name), jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), params, abstract_params)
     except Exception as error:
       problems.append(f"{folder}: {_one_line(error)}")
   raise CheckpointError(f"no usable parameters in {path}: " + "; ".join(problems))
@@ -402,7 +415,7 @@ def step_folders(path) -> list[epath.Path]:
   Raises:
     CheckpointError: there are none.
   """
-  path = epath.Path(path)
+  path = stored.absolute(path)
   if (path / "state").exists():
     return [path]
   root = path / "checkpoints" if (path / "checkpoints").exists() else path

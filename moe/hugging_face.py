@@ -208,7 +208,8 @@ class AsOurs:
       used.add(name)
     inner = tuple(sizes[a] for a in _order(part)[0])
     lead = ((len(place.layers),) if place.layers is not None else ()) + ((sizes["E"],) if place.by_expert else ())
-    return stored.Leaf(place.leaf, lead + inner, self._dtype or found.dtype, (1,) * len(lead) + inner)
+    dtype = found.dtype if place.leaf.endswith("selection_bias") else self._dtype or found.dtype  # near ties hang on it
+    return stored.Leaf(place.leaf, lead + inner, dtype, (1,) * len(lead) + inner)
 
   def read(self, name, begin, end):
     place, leaf = self._places[name], self.leaves[name]
@@ -301,6 +302,11 @@ class Fixed(NamedTuple):
   value: Any
 
 
+# What transformers takes where config.json lacks the key.
+_ABSENT = {"mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6}, "olmoe": {"rms_norm_eps": 1e-5},
+           **{name: {"rms_norm_eps": 1e-6} for name in ("qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")}}
+
+
 def _none_is(value):
   return lambda given, _: value if given is None else given
 
@@ -311,7 +317,8 @@ def _zero_is_none(value, _):
 
 _COMMON = (
     Key("vocab_size", "vocab_size"), Key("hidden_size", "d_model"), Key("num_hidden_layers", "num_layers"),
-    Key("num_attention_heads", "attention.num_heads"), Key("rms_norm_eps", "norm_eps", 1e-6),
+    Key("num_attention_heads", "attention.num_heads"), Key("rms_norm_eps", "norm_eps", None, lambda v, c: v or _ABSENT[
+        c["model_type"]]["rms_norm_eps"]),
     Key("tie_word_embeddings", "tie_embeddings", False), Key("num_experts_per_tok", "router.top_k"),
     Only("hidden_act", ("silu",)), Only("attention_dropout", (0.0, None)), Fixed("activation", "swiglu"),
     Fixed("attention.logit_softcap", 0.0), Fixed("experts.capacity_factor", 0.0), Fixed("router.recurrent.cell", "none"),
@@ -353,7 +360,7 @@ _DEEPSEEK = _COMMON + _NO_WINDOW + (
     Key("moe_intermediate_size", "experts.d_expert"), Key("n_routed_experts", "experts.num_experts"),
     Key("n_shared_experts", "experts.d_shared", None, lambda v, c: (v or 0) * c["moe_intermediate_size"],
         lambda v, m: v // m["experts.d_expert"]),
-    Key("first_k_dense_replace", "num_dense_layers", 0), Key("routed_scaling_factor", "router.weight_scale", 1.0),
+    Key("first_k_dense_replace", "num_dense_layers"), Key("routed_scaling_factor", "router.weight_scale"),
     Key("intermediate_size", "d_ff", 0, lambda v, c: v if c.get("first_k_dense_replace") else 0,
         lambda v, m: v or m["experts.d_expert"]),
     Only("moe_layer_freq", (1,)), Only("attention_bias", (False,)), Fixed("moe_every", 1), Fixed("attention.kind", "mla"),
@@ -383,7 +390,7 @@ FAMILIES = {f.model_type: f for f in (
         Only("norm_topk_prob", (False,)), Only("scoring_func", ("softmax",)), Fixed("router.renormalize", False),
         Fixed("router.gate", "softmax"), Fixed("router.bias_update_rate", 0.0), Fixed("attention.rope.interleaved", True))),
     Family("deepseek_v3", "DeepseekV3ForCausalLM", _DEEPSEEK + (
-        Key("n_group", "router.num_groups", 1), Key("topk_group", "router.top_groups", 1),
+        Key("n_group", "router.num_groups"), Key("topk_group", "router.top_groups"),
         Key("norm_topk_prob", "router.renormalize", True), Key("rope_interleave", "attention.rope.interleaved", True),
         Only("scoring_func", ("sigmoid",)), Only("topk_method", ("noaux_tc",)), Fixed("router.gate", "sigmoid"))),
 )}
@@ -437,7 +444,8 @@ def read_config(given: dict) -> config.Model:
 def _read_rope(given: dict, kind: str) -> dict[str, Any]:
   rope = given.get("rope_parameters") or {}
   scaling = rope if rope.get("rope_type", "default") != "default" else given.get("rope_scaling") or {}
-  found = {"theta": float(rope.get("rope_theta") or given.get("rope_theta") or 10000.0)}
+  absent = _ABSENT[given["model_type"]].get("rope_theta", 1e4)
+  found = {"theta": float(rope.get("rope_theta") or given.get("rope_theta") or absent)}
   if (scaling.get("rope_type") or scaling.get("type") or "default") == "default":
     return found
   name = scaling.get("rope_type") or scaling.get("type")

@@ -126,7 +126,8 @@ def _hours(records: list[dict]) -> np.ndarray:
   times = np.array([r["time"] for r in records])
   gaps = np.diff(times, prepend=times[0])
   hours = (times - times[0]) / 3600
-  hours[gaps > 60 * max(np.median(gaps), 1.0)] = np.nan
+  usual = np.median(gaps[gaps > 0]) if (gaps > 0).any() else 1.0  # records of one window share a time
+  hours[gaps > 60 * max(usual, 1.0)] = np.nan
   return hours
 
 
@@ -148,7 +149,7 @@ def _draw_curves(runs: dict[str, dict]):
     train, color = records["train"], f"C{number}"
     steps, loss = _column(train, "loss")
     millions = _tokens(train, steps) / 1e6
-    tops.append(np.nanpercentile(loss, 99.5))
+    tops += [np.percentile(loss[np.isfinite(loss)], 99.5)] if np.isfinite(loss).any() else []
     for axis, x in ((axes[0, 0], millions), (axes[0, 1], _hours([r for r in train if "loss" in r]))):
       axis.plot(x, loss, color=color, linewidth=0.5, alpha=0.3)
       axis.plot(x, _smooth(loss), color=color, linewidth=1.2, label=run)
@@ -166,7 +167,7 @@ def _draw_curves(runs: dict[str, dict]):
       mfu = np.nanmedian(_column(records["speed"], "mfu")[1])
       whose = f"{run}: " if len(runs) > 1 else ""
       axes[1, 2].plot([], [], color=color, label=f"{whose}median {np.median(speed):,.0f}, MFU {mfu:.1%}")
-  for axis in axes[0, :2]:
+  for axis in axes[0, :2] if tops else ():
     axis.set_ylim(top=max(tops) * 1.05)
   axes[0, 0].set(title="training loss, nats a token", xlabel="million tokens")
   axes[0, 1].set(title="training loss, nats a token", xlabel="hours")
@@ -347,7 +348,8 @@ def _facts(runs: dict[str, dict]) -> str:
     last = records["train"][-1]
     facts = {"steps": f"{last['step'] + 1:,}", "tokens": f"{_column(records['train'], 'tokens')[1].sum():,.0f}",
              "training loss, nats a token": f"{last['loss']:.4f}" if last["loss"] is not None else "not finite",
-             "balance": f"{last['balance']:.4f}", "skipped steps": str(last["skipped_steps"])}
+             "balance": "not finite" if last["balance"] is None else f"{last['balance']:.4f}",
+             "skipped steps": str(last["skipped_steps"])}
     facts |= {f"{name}, validation, bits a byte": f"{records[f'eval/{name}'][-1]['bits_per_byte']:.4f}"
               for name in domains(records)}
     if records.get("speed"):

@@ -16,6 +16,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
@@ -29,6 +30,7 @@ from moe.errors import UserError
 
 FORMAT = 1  # of our checkpoints; a higher one is refused
 _BLOCK_BYTES = 64 << 20  # read at a time
+_DIGEST_ELEMENTS = 4 << 20  # digested at a time
 
 
 class Unreadable(UserError):
@@ -59,6 +61,11 @@ class Source(Protocol):
     """The block [begin, end) of a leaf. Raises Unreadable."""
 
 
+def absolute(path) -> epath.Path:
+  """Orbax and TensorStore take no relative ones."""
+  return epath.Path(path) if "://" in str(path) else epath.Path(os.path.abspath(path))
+
+
 def dtype_of(name: str) -> np.dtype:
   return np.dtype(getattr(ml_dtypes, name, name))
 
@@ -72,7 +79,7 @@ class Orbax:
   kind = "orbax"
 
   def __init__(self, folder):
-    self._folder = epath.Path(folder)
+    self._folder = absolute(folder)
 
   @functools.cached_property
   def leaves(self) -> dict[str, Leaf]:
@@ -91,8 +98,10 @@ class Orbax:
 
   def _store(self) -> dict:
     path = str(self._folder) + "/"
-    base = path if "://" in path else f"file://{path}"
-    return {"driver": "ocdbt", "base": base} if (self._folder / "manifest.ocdbt").exists() else ts.KvStore.Spec(base).to_json()
+    base = path if "://" in path else {"driver": "file", "path": path}
+    if (self._folder / "manifest.ocdbt").exists():
+      return {"driver": "ocdbt", "base": base}
+    return ts.KvStore.Spec(base).to_json()
 
   def _names(self) -> list[str]:
     keys = _result(str(self._folder), _result(str(self._folder), ts.KvStore.open(self._store())).list())
@@ -175,6 +184,8 @@ class Safetensors:
         for name in file.keys():  # noqa: SIM118
           part = file.get_slice(name)
           short, shape = part.get_dtype(), tuple(part.get_shape())
+          if short not in names and (short[0] not in long or not short[1:].isdigit()):
+            raise Unreadable(f"{path}: {name} has the element type {short}, which is not read here")
           dtype = names.get(short) or long[short[0]] + short[1:]
           found[name] = Leaf(name, shape, dtype, (1,) * min(len(shape), 1) + shape[1:]), file
       except (OSError, safetensors.SafetensorError) as error:
@@ -278,7 +289,7 @@ def find(path) -> Found:
   Raises:
     Unreadable: it is none of these, or of a newer format.
   """
-  path = epath.Path(path)
+  path = absolute(path)
   if not path.exists():
     raise Unreadable(f"{path} does not exist")
   if path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors"))):
@@ -327,8 +338,10 @@ def digest(parts: Iterator[tuple[tuple[int, ...], np.ndarray]]) -> str:
   """16 hex digits, the same as `checkpoint.digests` gives for the whole array."""
   sums = np.zeros(2, np.uint32)
   with np.errstate(over="ignore"):
-    for begin, block in parts:
-      word = {1: np.uint8, 2: np.uint16, 4: np.uint32}[block.dtype.itemsize]
+    for begin, block in (piece for part in parts for piece in _pieces(*part)):
+      word = {1: np.uint8, 2: np.uint16, 4: np.uint32}.get(block.dtype.itemsize)
+      if word is None:
+        raise Unreadable(f"there is no digest of {block.dtype} elements, only of 1, 2 and 4 bytes; convert with --dtype")
       bits = np.ascontiguousarray(block).reshape(block.shape).view(word)
       place = np.zeros(block.shape, np.uint32)
       for axis in range(block.ndim):
@@ -342,6 +355,19 @@ def digest(parts: Iterator[tuple[tuple[int, ...], np.ndarray]]) -> str:
         mixed ^= mixed >> np.uint32(13)
         sums[i] += np.sum((bits.astype(np.uint32) + np.uint32(1)) * (mixed | np.uint32(1)), dtype=np.uint32)
   return "".join(f"{int(word):08x}" for word in sums)
+
+
+def _pieces(begin: tuple[int, ...], block: np.ndarray):
+  """A block in parts of a few million elements, whose 32-bit words are small."""
+  if block.size <= _DIGEST_ELEMENTS:
+    yield begin, block
+    return
+  axis = int(np.argmax(block.shape))
+  step = max(block.shape[axis] * _DIGEST_ELEMENTS // block.size, 1)
+  for at in range(0, block.shape[axis], step):
+    where = tuple(slice(at, at + step) if i == axis else slice(None) for i in range(block.ndim))
+    yield from _pieces((*begin[:axis], begin[axis] + at, *begin[axis + 1 :]), block[where]) if step > 1 else [
+        ((*begin[:axis], begin[axis] + at, *begin[axis + 1 :]), block[where])]
 
 
 def expected_digests(folder) -> dict[str, str]:

@@ -122,8 +122,7 @@ def preempt(cloud: pathlib.Path, name: str, state: str) -> None:
 
 def describe(name: str) -> int:
   if not resource(name).exists():
-    print("ERROR: NOT_FOUND", file=sys.stderr)
-    return 1
+    return missing()
   told = json.loads(resource(name).read_text())
   if told["state"] in BEFORE_ACTIVE:
     told["asked"] += 1
@@ -136,9 +135,14 @@ def describe(name: str) -> int:
   return 0
 
 
+def missing() -> int:
+  print("ERROR: NOT_FOUND", file=sys.stderr)
+  return 1
+
+
 def delete(name: str) -> int:
   if not resource(name).exists():
-    return 1
+    return missing()
   power_off(json.loads(resource(name).read_text()))
   resource(name).unlink()
   return 0
@@ -150,7 +154,7 @@ def describe_node(node: str) -> int:
     if node in told["nodes"]:
       print(json.dumps({"name": node, "state": told["node_state"]}))
       return 0
-  return 1
+  return missing()
 
 
 def storage(verb: str, arguments: list[str]) -> int:
@@ -165,12 +169,12 @@ def storage(verb: str, arguments: list[str]) -> int:
       part.rename(path)
       return 0
     if not file_of(source).exists():
-      return 1
+      return missing()
     shutil.copyfile(file_of(source), target)
     return 0
   if verb == "cat":
     if not file_of(arguments[0]).exists():
-      return 1
+      return missing()
     sys.stdout.buffer.write(file_of(arguments[0]).read_bytes())
     return 0
   if verb == "ls":
@@ -187,6 +191,9 @@ def main(argv: list[str]) -> int:
   CLOUD.mkdir(parents=True, exist_ok=True)
   with open(CLOUD / "commands.jsonl", "a") as file:
     file.write(json.dumps(argv) + "\n")
+  if (CLOUD / "unavailable").exists():  # as long as a test leaves that file there
+    print("ERROR: (gcloud) UNAVAILABLE: The service is currently unavailable.", file=sys.stderr)
+    return 1
   plain, f = [a for a in argv if not a.startswith("--")], flags(argv)
   if plain[:3] == ["compute", "tpus", "queued-resources"]:
     verb, name = plain[3:5]

@@ -191,6 +191,41 @@ def test_nan_equals_nan_and_inf_shows(run_dir, tmp_path, capsys):
   assert [row["name"] for row in json.loads(captured.out) if row["nan"]] == ["params.head"]
 
 
+def test_an_expert_of_nan_is_named_alone(run_dir, tmp_path, capsys):
+  up, router = (VALUES[f"params.layers.experts.moe.{n}"].copy() for n in ("up", "router.weight"))
+  up[0, 3, 1, 1] = np.nan
+  router[1, :, 5] = np.inf
+  sick = other(tmp_path, **{"params.layers.experts.moe.up": up, "params.layers.experts.moe.router.weight": router})
+  code, told = said(capsys, "experts", sick)
+  assert code == 1 and told["troubles"] == [
+      "layer 0: the matrices of expert 3 is all but zero or not finite",
+      "layer 1: the router column of expert 5 is all but zero or not finite"]
+  assert inspect_checkpoint.main(["experts", str(sick)]) == 1
+
+
+def test_relative_paths(run_dir, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(run_dir)
+  assert said(capsys, "stats", "checkpoints/7")[0] == 0
+  monkeypatch.chdir(tmp_path)
+  assert said(capsys, "convert", run_dir, "--out=here", "--params_only", "--dtype=bfloat16")[0] == 0
+  assert said(capsys, "verify", "here")[0] == 0
+  import jax
+
+  from moe import sharding
+  from moe import step as step_lib
+
+  mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+  _, params = checkpoint.restore_params("here", step_lib.abstract_state(RUN, mesh).params)  # as --init_from does
+  head = np.asarray(params["head"])
+  assert head.dtype == np.float32
+  np.testing.assert_allclose(head, VALUES["params.head"], rtol=0.004)
+
+
+def test_a_leaf_cannot_be_a_branch(run_dir, tmp_path):
+  with pytest.raises(UserError, match="both a leaf and a branch"):
+    inspect_checkpoint.main(["convert", str(run_dir), f"--out={tmp_path}/x", "--map=^params.head$=params.layers.experts"])
+
+
 def test_config_and_its_differences(run_dir, tmp_path, capsys):
   assert config.from_dict(config.Run, said(capsys, "config", run_dir)[1]) == RUN
   checkpoint.write(tmp_path / "x" / "checkpoints" / "1", Arrays({"step": np.int32(1)}), small.change(RUN, train={"seed": 9}))
@@ -301,6 +336,7 @@ def test_damage_is_one_line(run_dir, tmp_path, damage, verb, code, words):
     (("cat", "{run}", "params.head[1,2,3]"), "has 3 axes, params.head has 2"),
     (("cat", "{run}", "params.head[x]"), "neither a number nor BEGIN:END"),
     (("stats", "{run}", "--filter=nothing*"), "no leaf of"),
+    (("diff", "{run}", "{run}", "--filter=nothing*"), "no leaf of either"),
     (("stats", "{run}", "--live"), "no live snapshots can be reached"),
     (("experts", "{run}/checkpoints/7/../../none"), "does not exist"),
 ])

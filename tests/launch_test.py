@@ -73,7 +73,8 @@ def test_golden_dry_run_of_a_job(capsys):
 
 
 @pytest.mark.parametrize("kind, slices, count", [
-    ("v5litepod-16", 1, 4), ("v5litepod-1", 1, 1), ("v6e-64", 2, 32), ("v5p-128", 1, 16), ("v4-32", 1, 4), ("tpu7x-64", 1, 16)])
+    ("v5litepod-16", 1, 4), ("v5litepod-1", 1, 1), ("v6e-64", 2, 32), ("v5p-128", 1, 16), ("v4-32", 1, 4), ("tpu7x-64", 1, 16),
+    ("v6e-8", 2, 2)])
 def test_hosts_of_a_type(kind, slices, count):
   assert launch_tpu_vm.hosts(launch_tpu_vm.parse(["up", *PLACE, f"--type={kind}", f"--num_slices={slices}"])) == count
 
@@ -99,6 +100,23 @@ def test_an_existing_name_is_refused(cloud):
     launch("up", *PLACE)
   assert launch("down", *PLACE) == 0
   assert launch("status", *PLACE, "--json") == 1
+
+
+def test_what_cannot_be_asked_is_not_taken_for_gone(cloud, monkeypatch, capsys):
+  """A service that does not answer for a while costs no VM and no try."""
+  place = [*PLACE, "--type=v5litepod-4", "--poll_seconds=0.2", "--setup=true", "--python=true", "--retries=1"]
+  arguments = launch_tpu_vm.parse(["run", *place])
+  one = launch_tpu_vm.Cloud(arguments)
+  launch_tpu_vm._create(one)
+  number = launch_tpu_vm._ship(one)
+  (cloud / "unavailable").touch()
+  with pytest.raises(UserError, match="UNAVAILABLE"):
+    one.state()
+  with pytest.raises(UserError, match="UNAVAILABLE"):
+    launch("down", *PLACE)
+  threading.Timer(1.5, (cloud / "unavailable").unlink).start()
+  assert launch_tpu_vm._stay(one, number) == 0
+  assert sum("create" in line for line in commands(cloud)) == 1 and "UNAVAILABLE" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value", ['"a b"', "it's", "$HOME `x`", 'x"y\'z'])
@@ -157,7 +175,7 @@ def corpus(tmp_path_factory):
 def run_job(cloud, name, run_dir, corpus, *, preempt_as=None) -> tuple[int, str]:
   """`run --retries=1` of two hosts, in a process of its own; preempted once after a checkpoint if asked. (code, output)."""
   place = [f"--name={name}", "--project=p", "--zone=z", "--bucket=gs://b/jobs"]
-  command = [sys.executable, "-m", "tools.launch_tpu_vm", "run", *place, "--type=v5litepod-8", "--poll_seconds=0.5",
+  command = [sys.executable, "-m", "tools.launch_tpu_vm", "run", *place, "--type=v4-16", "--poll_seconds=0.5",
              "--setup=true", f"--python={sys.executable}", f"--run_dir={run_dir}", "--retries=1",
              "--env=XLA_FLAGS=--xla_backend_optimization_level=0", "--", *job_flags(corpus)]
   process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=local_job.ROOT)

@@ -20,7 +20,7 @@ import io
 import pathlib
 import sys
 import tokenize
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moe import config
 from moe import gin_config
@@ -59,14 +59,8 @@ def show(arguments, rest: list[str]) -> int:
   if arguments.json:
     terminal.as_json(config.to_dict(resolved.run))
   else:
-    print("\n".join(_flat(config.to_dict(resolved.run))))
+    print("\n".join(terminal.flat(config.to_dict(resolved.run))))
   return terminal.FINE
-
-
-def _flat(values: Any, prefix: str = "") -> list[str]:
-  if isinstance(values, dict) and values:
-    return [line for key, value in values.items() for line in _flat(value, f"{prefix}.{key}" if prefix else key)]
-  return [f"{prefix} = {values!r}"]
 
 
 def diff(arguments, rest: list[str]) -> int:

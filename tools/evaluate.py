@@ -32,24 +32,24 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--json", action="store_true", help="one JSON object, with all that is known of the routing")
   arguments = parser.parse_args(argv)
   folders = list(reversed(checkpoint.step_folders(arguments.path))) if arguments.series else [arguments.path]
-  scored = []
-  for folder in folders:
+  told = []
+  for folder in folders:  # one in memory at a time
     trained = restore.load(folder)
-    scored.append((trained, score(trained, arguments)))
-  told = [describe(trained, results) for trained, results in scored]
+    results = score(trained, arguments)
+    told.append(describe(trained, results))
   if arguments.json:
     shown = {"path": arguments.path, "split": arguments.split}
     terminal.as_json({**shown, "checkpoints": told} if arguments.series else {**shown, **told[0]})
   elif arguments.series:
-    names = list(scored[0][1])
+    names = list(results)
     terminal.table(("step", "tokens", "MFLOP a token", *(f"{name}, bits/byte" for name in names)), [
         (row["step"], row["tokens_seen"], row["flops_per_token"] / 1e6,
          *(row["domains"][name]["bits_per_byte"] for name in names)) for row in told], left=())
   else:
-    for name, result in scored[0][1].items():
+    for name, result in results.items():
       print(f"{name:12s} {result['bits_per_byte']:.4f} bits/byte  {result['loss']:.4f} nats/token  "
             f"accuracy {result['accuracy']:.2%}  {result['bytes']:,} bytes of {arguments.split}")
-    print("routing, all domains together", *evaluate.routing_table(scored[0][1]), sep="\n")
+    print("routing, all domains together", *evaluate.routing_table(results), sep="\n")
   return terminal.FINE
 
 

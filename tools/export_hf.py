@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 
 from etils import epath
 
@@ -26,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--out", required=True, metavar="HF_DIR")
   parser.add_argument("--family", choices=tuple(hugging_face.FAMILIES), help="default: the first that has all options")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the tensors (default: as they are)")
-  parser.add_argument("--shard_gb", type=float, default=1.0, help="largest file; this much memory is used")
+  parser.add_argument("--shard_gb", type=float, default=1.0, help="largest file; about three times as much memory is used")
   parser.add_argument("--max_positions", type=int, help="max_position_embeddings (default: Data.sequence_tokens of the run)")
   parser.add_argument("--check", action="store_true", help="read back, compare every tensor, and the logits with transformers")
   arguments = parser.parse_args(argv)
@@ -69,7 +68,7 @@ def _write_tokenizer(tokenizer: str, folder: epath.Path) -> None:
   if tokenizer == "byte":  # ByT5's layout without its extra ids
     told = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0, "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
   else:
-    shutil.copyfile(tokenizer, str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_bytes(epath.Path(tokenizer).read_bytes())
     from moe.data import tokenizers
 
     loaded = tokenizers.load(tokenizer)

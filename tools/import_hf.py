@@ -22,6 +22,8 @@ from moe import stored
 from moe.errors import UserError
 from tools import terminal
 
+_SEQUENCE = 4096  # tokens of a sequence in the config kept beside it, at most
+
 
 def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m tools.import_hf", description=__doc__,
@@ -42,9 +44,11 @@ def main(argv: list[str] | None = None) -> int:
   out.mkdir(parents=True, exist_ok=True)
   tokenizer = "byte"  # stays so where there is none; the vocabulary then decides whether bytes fit
   if (epath.Path(arguments.hf_dir) / "tokenizer.json").exists():
-    tokenizer = str(out / "tokenizer.json")
+    tokenizer = str(stored.absolute(out) / "tokenizer.json")
     (out / "tokenizer.json").write_bytes((epath.Path(arguments.hf_dir) / "tokenizer.json").read_bytes())
-  run = _run(model, tokenizer)
+  else:
+    print(f"{arguments.hf_dir} has no tokenizer.json: the tokenizer is set to bytes, which is not the model's own")
+  run = _run(model, tokenizer, found.config.get("max_position_embeddings"))
   (out / "model.gin").write_text(_gin(model, tokenizer, arguments.hf_dir))
   checkpoint.write(out / "checkpoints" / "0", arrays, run)
   size = terminal.count(sum(leaf.size for leaf in arrays.leaves.values()))
@@ -55,21 +59,23 @@ def main(argv: list[str] | None = None) -> int:
   return check(arguments.hf_dir, out, model, family, arrays) if arguments.check else terminal.FINE
 
 
-def _run(model: config.Model, tokenizer: str) -> config.Run:
+def _run(model: config.Model, tokenizer: str, positions: int | None) -> config.Run:
   run = gin_config.resolve([gin_config.CONFIGS / "run" / "quickstart.gin"]).run
-  return dataclasses.replace(run, model=model, data=dataclasses.replace(run.data, tokenizer=tokenizer))
+  length = min(positions or _SEQUENCE, _SEQUENCE)
+  data = dataclasses.replace(run.data, tokenizer=tokenizer, sequence_tokens=length)
+  return dataclasses.replace(run, model=model, data=data)
 
 
 def _gin(model: config.Model, tokenizer: str, source: str) -> str:
-  """The model's fields that differ from their defaults, as gin bindings."""
+  """What the arrays depend on, as gin bindings."""
   lines = [f"# Written by tools.import_hf from {source}.", f"Data.tokenizer = {tokenizer!r}"]
 
-  def walk(part):
+  def walk(part, prefix=""):
     for field in dataclasses.fields(part):
-      value = getattr(part, field.name)
+      value, path = getattr(part, field.name), prefix + field.name
       if dataclasses.is_dataclass(value):
-        walk(value)
-      else:
+        walk(value, f"{path}.")
+      elif path not in hugging_face._FREE or path == "router.bias_update_rate":  # how it is computed is the run's matter
         lines.append(f"{type(part).__name__}.{field.name} = {value!r}")
 
   walk(model)

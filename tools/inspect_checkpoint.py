@@ -172,13 +172,17 @@ def _summary(found: stored.Found) -> dict:
     for key, value in (("leaves", 1), ("elements", leaf.size), ("bytes", leaf.bytes)):
       state[group][key] += value
   told = {"path": str(found.folder), "step": found.step, "state": dict(state), "parameters": {}, "tokens_seen": None}
-  m = _as_ours(found)[1]
+  try:
+    m = _as_ours(found)[1]
+  except hugging_face.InteropError as error:  # the arrays can be counted all the same
+    print(f"{error}: active parameters are not known", file=sys.stderr)
+    m = None
   if m is not None:
     s = sizes.sizes(m)
     told["parameters"] = {"total": s.total, "active": s.active, "embedding": s.embedding, "attention": s.attention,
                           "dense and shared": s.dense, "routed experts": s.routed, "routers": s.router, "norms": s.other,
                           "one expert of one layer": s.routed // (m.num_moe_layers * m.experts.num_experts)}
-    if found.step is not None:
+    if found.step is not None and "model" in found.config:
       told["tokens_seen"] = found.step * config.from_dict(config.Run, found.config).tokens_per_step
   return told
 
@@ -232,7 +236,8 @@ def experts(arguments) -> int:
   found = _find(arguments)
   layers = weight_health.layers(_as_ours(found)[0], arguments.alike)
   if not layers:
-    raise UserError(f"{found.folder} has no routed experts (no leaf ...moe.router.weight or ...mlp.gate.weight)")
+    raise UserError(f"{found.folder} has no routed experts that are known here (params.layers.experts.moe..., or a Hugging "
+                    "Face directory of a known family with its config.json)")
   troubles = [line for layer in layers for line in layer.troubles()]
   if arguments.png:
     weight_health.draw(layers, arguments.png)
@@ -240,7 +245,7 @@ def experts(arguments) -> int:
     terminal.as_json({"path": str(found.folder), "layers": [layer._asdict() for layer in layers], "troubles": troubles})
     return DIFFERS if troubles else FINE
   print(_title(found))
-  top = max(float(np.nanmax(layer.router_norms)) for layer in layers)
+  top = float(np.max([layer.router_norms for layer in layers], initial=0, where=np.isfinite([x.router_norms for x in layers])))
   print(f"norm of each expert's router column (full bar: {top:.4g})")
   for layer in layers:
     print(f"  layer {layer.number:3d}  |{terminal.bars(layer.router_norms, top)}|")
@@ -317,10 +322,10 @@ def _closest(name: str, names) -> str:
 def diff(arguments) -> int:
   """Names, shapes, dtypes and values of two checkpoints; 1 if they differ by more than the tolerance."""
   a, b = _find(arguments), stored.find(arguments.other)
-  rows = []
-  for name in sorted(a.source.leaves.keys() | b.source.leaves.keys()):
-    if not fnmatch.fnmatch(name, arguments.filter):
-      continue
+  rows, names = [], fnmatch.filter(sorted(a.source.leaves.keys() | b.source.leaves.keys()), arguments.filter)
+  if not names:
+    raise UserError(f"no leaf of either matches --filter={arguments.filter}; `ls` shows the names")
+  for name in names:
     x, y = a.source.leaves.get(name), b.source.leaves.get(name)
     if x is None or y is None:
       rows.append({"name": name, "what": f"only in {arguments.path if x else arguments.other}"})
@@ -335,7 +340,7 @@ def diff(arguments) -> int:
     if arguments.limit is not None and len(rows) > arguments.limit:
       print(f"and {len(rows) - arguments.limit} more")
   else:
-    print(f"{len(a.source.leaves)} leaves, none differs")
+    print(f"{len(names)} leaves, none differs")
   return DIFFERS if rows else FINE
 
 
@@ -367,7 +372,7 @@ def show_config(arguments) -> int:
   """The config saved with the checkpoint, or its differences from another's; 1 if they differ."""
   mine = _config(arguments.path)
   if arguments.other is None:
-    terminal.as_json(mine) if arguments.json else print("\n".join(_flat(mine)))
+    terminal.as_json(mine) if arguments.json else print("\n".join(terminal.flat(mine)))
     return FINE
   lines = config.differences(mine, json.loads(json.dumps(_config(arguments.other))))
   terminal.as_json(lines) if arguments.json else print("\n".join(lines) or "the configs are equal")
@@ -379,12 +384,6 @@ def _config(path: str) -> dict:
   if found.config is None:
     raise UserError(f"{found.folder} has no config beside it")
   return found.config
-
-
-def _flat(values, prefix: str = "") -> list[str]:
-  if isinstance(values, dict) and values:
-    return [line for key, value in values.items() for line in _flat(value, f"{prefix}.{key}" if prefix else key)]
-  return [f"{prefix} = {values!r}"]
 
 
 def convert(arguments) -> int:

@@ -39,9 +39,11 @@ SHIPPED = ("moe", "configs", "tools", "requirements.txt", "pyproject.toml", "REA
 RUNTIMES = {"v6e": "v2-alpha-tpuv6e", "v5litepod": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v4": "tpu-ubuntu2204-base",
             "tpu7x": "v2-alpha-tpu7-ubuntu2404"}
 CHIPS_PER_HOST = {"v6e": 4, "v5litepod": 4, "v5p": 4, "v4": 4, "tpu7x": 4}
+ONE_HOST = ("v6e-8", "v5litepod-8")  # one VM with eight chips
 CORES_IN_NAME = ("v4", "v5p")  # whose names count TensorCores, two a chip
 # The images have an older Python than we need.
-SETUP = ("python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --python 3.12 .venv && "
+SETUP = ("(python3 -m pip install --quiet --user uv || python3 -m pip install --quiet --user --break-system-packages uv) && "
+         "python3 -m uv venv --quiet --clear --python 3.12 .venv && "
          "python3 -m uv pip install --quiet --python .venv/bin/python 'jax[tpu]' -r requirements.txt gcsfs")
 GONE = ("FAILED", "SUSPENDED", "SUSPENDING", "PREEMPTED", "TERMINATED", "STOPPED", "NOT_FOUND", "DELETING")
 POLL_SECONDS = 30.0
@@ -62,10 +64,13 @@ class Cloud:
     self._where = [f"--project={arguments.project}", f"--zone={arguments.zone}"]
 
   def run(self, *command: str, check: bool = True, stdin: bytes | None = None, quiet: bool = False) -> str:
-    """Output of `gcloud COMMAND`, "" where it failed; a dry run prints the command and gives "".
+    """Output of `gcloud COMMAND`; a dry run prints the command and gives "".
+
+    Args:
+      check: False: "" where it says that the thing does not exist.
 
     Raises:
-      LaunchError: it failed and `check` is set.
+      LaunchError: it failed otherwise: what cannot be asked is not taken for gone.
     """
     if not quiet or self.a.dry_run:
       print("+ gcloud " + shlex.join(command), flush=True)
@@ -75,10 +80,13 @@ class Cloud:
       done = subprocess.run(["gcloud", *command], input=stdin, capture_output=True)
     except FileNotFoundError as error:
       raise LaunchError("gcloud is not installed; see cloud.google.com/sdk, or use --dry_run") from error
-    if done.returncode and check:
-      told = done.stderr.decode(errors="replace").strip().splitlines()
-      raise LaunchError(f"gcloud {' '.join(command[:5])} ... failed: {told[-1] if told else f'exit code {done.returncode}'}")
-    return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
+    if done.returncode:
+      told = done.stderr.decode(errors="replace").strip()
+      if not check and any(word in told for word in ("NOT_FOUND", "not found", "404", "matched no objects")):
+        return ""
+      last = told.splitlines()[-1] if told else f"exit code {done.returncode}"
+      raise LaunchError(f"gcloud {' '.join(command[:5])} ... failed: {last}")
+    return done.stdout.decode(errors="replace")
 
   def create(self, script: str, incarnation: str) -> None:
     a = self.a
@@ -117,7 +125,7 @@ class Cloud:
     return json.loads(text).get("state", "UNKNOWN") if text else "NOT_FOUND"
 
   def ssh(self, i: int, command: str) -> None:
-    self.run("compute", "tpus", "tpu-vm", "ssh", self.node(i), *self._where, "--worker=all", f"--command={command}")
+    print(self.run("compute", "tpus", "tpu-vm", "ssh", self.node(i), *self._where, "--worker=all", f"--command={command}"))
 
   # The bucket folder of the job.
 
@@ -165,6 +173,9 @@ def startup_script(a: argparse.Namespace) -> str:
 
 def run(cloud: Cloud) -> int:
   a = cloud.a
+  if a.mode == "ssh" and a.num_slices > 1:
+    raise LaunchError("--mode=ssh is for one slice; leave it out")
+  archive()  # an error here comes before anything costs money
   state = cloud.state()
   if state in GONE:
     if state != "NOT_FOUND":
@@ -202,6 +213,8 @@ def hosts(a: argparse.Namespace) -> int:
   if a.hosts:
     return a.hosts
   generation, chips = _parse_type(a.type)
+  if a.type in ONE_HOST:
+    return a.num_slices
   chips = chips // 2 if generation in CORES_IN_NAME else chips
   return a.num_slices * max(chips // CHIPS_PER_HOST[generation], 1)
 
@@ -238,9 +251,7 @@ def _run_by_ssh(cloud: Cloud) -> int:
   exports = "".join(f"export {pair}; " for pair in map(_quoted_pair, a.env))
   words = [a.python, "-m", "moe.train", "--multihost", f"--run_dir={a.run_dir or f'{a.bucket}/{a.name}/run'}", *a.train]
   line = (f"mkdir -p ~/moe && cd ~/moe && gcloud storage cp {shlex.quote(f'{a.bucket}/{a.name}/{name}')} code.tar.gz && "
-          f"tar -xzf code.tar.gz && ( [ -x .venv/bin/python ] || ( {a.setup} ) ) && {exports}{shlex.join(words)}")
-  if a.num_slices > 1:
-    raise LaunchError("--mode=ssh is for one slice; leave it out")
+          f"tar -xzf code.tar.gz && ( [ -e .ready ] || ( {a.setup} ) ) && touch .ready && {exports}{shlex.join(words)}")
   cloud.ssh(0, line)
   return terminal.FINE
 
@@ -255,29 +266,39 @@ def _stay(cloud: Cloud, number: str) -> int:
   shown: set[str] = set()
   left = cloud.a.retries
   while True:
-    _show_new(cloud, shown)
-    codes = _codes(cloud, number)
-    if len(codes) == hosts(cloud.a):
-      _show_new(cloud, shown)
-      worst = max(codes.values(), key=abs)
-      print(f"job {number} ended: " + ", ".join(f"host {i}: {code}" for i, code in sorted(codes.items())))
-      if cloud.a.autodelete:
+    try:
+      code = _look(cloud, number, shown)
+      if code is not None:
+        return code
+      state = cloud.state()
+      if state in GONE:
+        print(f"{time.strftime('%H:%M:%S')} {cloud.a.name}: {state}; {left} more tr{'y' if left == 1 else 'ies'}", flush=True)
+        if left == 0:
+          return 1
+        left -= 1
         cloud.delete()
-      return worst
-    if json.loads(cloud.read("job.json") or "{}").get("number") != number:
-      print(f"job {number} was stopped, or another took its place")
-      return 143
-    state = cloud.state()
-    if state in GONE:
-      print(f"{time.strftime('%H:%M:%S')} {cloud.a.name}: {state}; {left} more tr{'y' if left == 1 else 'ies'}", flush=True)
-      if left == 0:
-        return 1
-      left -= 1
-      cloud.delete()
-      while cloud.state() != "NOT_FOUND":
-        time.sleep(cloud.a.poll_seconds)
-      _create(cloud)  # the agent of the new VMs finds the same job, and the job its run directory
+        while cloud.state() != "NOT_FOUND":
+          time.sleep(cloud.a.poll_seconds)
+        _create(cloud)  # the agent of the new VMs finds the same job, and the job its run directory
+    except LaunchError as error:  # of gcloud, which may answer the next time; or the new VMs did not come
+      print(f"{time.strftime('%H:%M:%S')} {error}", flush=True)
     time.sleep(cloud.a.poll_seconds)
+
+
+def _look(cloud: Cloud, number: str, shown: set[str]) -> int | None:
+  """Shows what is new; the exit code of the job when it has ended."""
+  codes = _codes(cloud, number)
+  _show_new(cloud, shown)
+  if len(codes) == hosts(cloud.a):
+    worst = max(codes.values(), key=abs)
+    print(f"job {number} ended: " + ", ".join(f"host {i}: {code}" for i, code in sorted(codes.items())))
+    if cloud.a.autodelete:
+      cloud.delete()
+    return worst
+  if json.loads(cloud.read("job.json") or "{}").get("number") != number:
+    print(f"job {number} was stopped, or another took its place")
+    return 143
+  return None
 
 
 def _codes(cloud: Cloud, number: str) -> dict[int, int]:
@@ -285,10 +306,12 @@ def _codes(cloud: Cloud, number: str) -> dict[int, int]:
   found = {}
   for path in cloud.list(f"state/{number}/*.json"):
     text = cloud.read(path.removeprefix(f"{cloud.a.bucket}/{cloud.a.name}/"))
-    code = json.loads(text)["code"] if text else None
-    if code is not None and code not in (143, -15):
-      found[int(pathlib.PurePosixPath(path).stem)] = code
-  return found
+    if text:
+      state = json.loads(text)
+      if state["code"] not in (143, -15):
+        found[int(pathlib.PurePosixPath(path).stem)] = state["incarnation"], state["code"]
+  newest = max((incarnation for incarnation, _ in found.values()), default="")
+  return {host: code for host, (incarnation, code) in found.items() if incarnation == newest}
 
 
 def _show_new(cloud: Cloud, shown: set[str]) -> None:
@@ -338,7 +361,7 @@ def stop(cloud: Cloud) -> int:
 
 
 def down(cloud: Cloud) -> int:
-  cloud.delete()
+  cloud.delete()  # fails with gcloud's word for it, so that nobody thinks the VMs are gone
   return terminal.FINE
 
 
@@ -355,7 +378,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--project", required=True)
   parser.add_argument("--zone", required=True)
   parser.add_argument("--bucket", required=True, metavar="gs://BUCKET[/FOLDER]")
-  parser.add_argument("--type", default="v5litepod-16", help="accelerator type, such as v5litepod-16, v6e-8, v5p-128")
+  parser.add_argument("--type", default="v5litepod-16", help="accelerator type, such as v5litepod-16, v6e-16, v5p-128")
   parser.add_argument("--num_slices", type=int, default=1)
   parser.add_argument("--hosts", type=int, help="of all slices (default: from --type)")
   parser.add_argument("--runtime_version", help="image (default: by --type)")
@@ -390,7 +413,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
   if reserved:
     raise LaunchError(f"{reserved[0]} is set by the launcher"
                       + ("; give --run_dir before the --" if "run_dir" in reserved[0] else ""))
-  a.runtime_version = a.runtime_version or RUNTIMES[_parse_type(a.type)[0]]
+  generation, _ = _parse_type(a.type)
+  a.runtime_version = a.runtime_version or RUNTIMES[generation]
   return a
 
 

@@ -21,6 +21,9 @@ def run(main: Callable[[], int]) -> None:
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     code = UNREADABLE
+  except ImportError as error:  # gs:// without gcsfs
+    print(f"error: {error}", file=sys.stderr)
+    code = UNREADABLE
   except OSError as error:
     if isinstance(error, BrokenPipeError):  # `| head`
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -74,6 +77,13 @@ def _cell(value: Any) -> str:
   if isinstance(value, tuple):
     return "x".join(map(str, value)) or "scalar"
   return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def flat(values: Any, prefix: str = "") -> list[str]:
+  """A line `path = value` for each leaf of a config."""
+  if isinstance(values, dict) and values:
+    return [line for key, value in values.items() for line in flat(value, f"{prefix}.{key}" if prefix else key)]
+  return [f"{prefix} = {values!r}"]
 
 
 def size(count: float) -> str:

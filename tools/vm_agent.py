@@ -5,7 +5,7 @@ script. The bucket folder of a job holds
 
     job.json            what is to run: {"number", "command", "code", "hosts", "setup"}; {"command": null} stops it
     code-<digest>.tar.gz, token
-    hosts/<incarnation>/<index>.json     addresses; an incarnation is one creation of the VMs
+    hosts/<incarnation>/0.json           address of host 0; an incarnation is one creation of the VMs
     state/<number>/<index>.json          how the command ended on a host
     logs/<index>/<time>.txt              its output in parts, since objects cannot be appended
 
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 
 POLL_SECONDS = float(os.environ.get("MOE_VM_POLL_SECONDS", "10"))
@@ -33,11 +34,16 @@ def metadata(name):
   """An attribute of the VM; "" where it has none. MOE_VM_METADATA (JSON) stands in for the server."""
   if "MOE_VM_METADATA" in os.environ:
     return json.loads(os.environ["MOE_VM_METADATA"]).get(name, "")
-  try:
-    asked = urllib.request.Request(_METADATA + name, headers={"Metadata-Flavor": "Google"})
-    return urllib.request.urlopen(asked, timeout=10).read().decode()
-  except OSError:
-    return ""
+  while True:  # a host that took itself for another would stop the whole job
+    try:
+      asked = urllib.request.Request(_METADATA + name, headers={"Metadata-Flavor": "Google"})
+      return urllib.request.urlopen(asked, timeout=10).read().decode()
+    except urllib.error.HTTPError as error:
+      if error.code == 404:
+        return ""
+    except OSError:
+      pass
+    time.sleep(POLL_SECONDS)
 
 
 def place():
@@ -72,6 +78,11 @@ class Bucket:
     done = self._run("cat", f"{self.root}/{name}")
     return done.stdout.decode() if done.returncode == 0 else None
 
+  def keep(self, name, text):
+    """Until it is written."""
+    while not self.write(name, text):
+      time.sleep(POLL_SECONDS)
+
   def write(self, name, text):
     return self._run("cp", "-", f"{self.root}/{name}", stdin=text.encode()).returncode == 0
 
@@ -83,7 +94,7 @@ class Log:
   """Output of the job: to the console, and in parts to the bucket."""
 
   def __init__(self, bucket, index):
-    self.bucket, self.index, self.pending, self.lock = bucket, index, [], threading.Lock()
+    self.bucket, self.index, self.pending, self.lock = bucket, index, [], threading.RLock()
 
   def line(self, text):
     print(text, flush=True)
@@ -106,18 +117,19 @@ class Agent:
     self.index = self.slice * workers + self.worker
     self.incarnation = metadata("moe-incarnation") or "0"
     self.log = Log(self.bucket, self.index)
-    self.process, self.number, self.ending = None, None, False
+    self.process, self.number, self.ending, self.stopping = None, None, False, False
     signal.signal(signal.SIGTERM, self._end)
 
   def _end(self, *_):
     """The VM goes down (preemption, maintenance): the job has what time is left to save."""
     self.ending = True
-    self.log.line(f"[host {self.index}] the machine is going down")
     if self.process:
       self.process.send_signal(signal.SIGTERM)
+    self.log.line(f"[host {self.index}] the machine is going down")
 
   def run(self):
-    self.bucket.write(f"hosts/{self.incarnation}/{self.index}.json", json.dumps({"address": address(self.worker)}))
+    if self.index == 0:
+      self.bucket.keep(f"hosts/{self.incarnation}/0.json", json.dumps({"address": address(self.worker)}))
     while not self.ending:
       job = self._job()
       if job and job["number"] != self.number:
@@ -177,7 +189,8 @@ class Agent:
     self.log.line(f"[host {self.index}] " + " ".join(map(shlex.quote, command)))
     self.process = subprocess.Popen(command, cwd=code, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                     text=True, errors="replace", start_new_session=True)
-    threading.Thread(target=self._copy, args=(self.process,), daemon=True).start()
+    self.reader = threading.Thread(target=self._copy, args=(self.process,), daemon=True)
+    self.reader.start()
 
   def _leader(self, hosts):
     """Address of host 0, when it has said it."""
@@ -196,13 +209,19 @@ class Agent:
     if self.process is not None and self.process.poll() is not None:
       code = self.process.returncode
       self.process = None
+      self.reader.join(10)
       self.log.line(f"[host {self.index}] ended with code {code}")
-      self.bucket.write(f"state/{self.number}/{self.index}.json", json.dumps({"code": code, "time": time.time()}))
+      self.log.flush()  # before the state: who waits for that shows the output and goes
+      state = json.dumps({"code": code, "incarnation": self.incarnation, "time": time.time()})
+      self.bucket.keep(f"state/{self.number}/{self.index}.json", state)
+      if code in (143, -15) and not self.ending and not self.stopping:
+        self.number = None  # another host's machine went down and took the job along: again, when it is back
 
   def stop(self):
     """SIGTERM, which the trainer answers with a checkpoint, and its end."""
     if self.process is None:
       return
+    self.stopping = True
     self.process.send_signal(signal.SIGTERM)
     try:
       self.process.wait(300)
@@ -210,6 +229,7 @@ class Agent:
       os.killpg(self.process.pid, signal.SIGKILL)
       self.process.wait()
     self._look()
+    self.stopping = False
 
 
 if __name__ == "__main__":

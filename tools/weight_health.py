@@ -64,7 +64,8 @@ class Layer(NamedTuple):
     """What is wrong, a line each."""
     found = []
     for what, norms in (("router column", self.router_norms), ("matrices", self.expert_norms)):
-      dead = [i for i, n in enumerate(norms) if not n > _DEAD * np.median(norms)]
+      middle = np.median(norms[np.isfinite(norms)]) if np.isfinite(norms).any() else 0.0
+      dead = [i for i, n in enumerate(norms) if not (np.isfinite(n) and n > _DEAD * middle)]
       if dead:
         found.append(f"layer {self.number}: the {what} of expert {', '.join(map(str, dead[:8]))} is all but zero or not finite")
     found += [f"layer {self.number}: experts {a} and {b} are alike, cosine {c:.4f}" for a, b, c in self.alike]
@@ -82,9 +83,11 @@ def layers(source: stored.Source, alike: float) -> list[Layer]:
   prefix = first.removesuffix("gate")
   count, experts = source.leaves[first].shape[:2]
   matrices = [prefix + part for part in ("gate", "up", "down") if prefix + part in source.leaves]
-  norms = np.sqrt(sum(np.square([row["norm"] for row in statistics(source, name, True)]) for name in matrices))
-  norms = norms.reshape(count, experts)
-  router = stored.whole(source, _router(source, prefix, "weight")).astype(np.float64)
+  rows = [statistics(source, name, True) for name in matrices]
+  norms = np.sqrt(sum(np.square([row["norm"] for row in table]) for table in rows))
+  sick = np.sum([[row["nan"] + row["inf"] for row in table] for table in rows], 0) > 0
+  norms = np.where(sick, np.nan, norms).reshape(count, experts)
+  router = stored.whole(source, _router(source, prefix, "weight")).astype(np.float32)
   router = np.broadcast_to(router.reshape(-1, *router.shape[-2:]), (count, *router.shape[-2:]))
   columns = np.sqrt(np.sum(np.square(router.reshape(count, router.shape[1], experts, -1)), (1, 3)))
   bias_name = _router(source, prefix, "selection_bias")

@@ -526,7 +526,10 @@ class Keeper:
     if copy is None or copies.seal(copy.header, copy.table) != copy.seal:
       header, table = self._record_from_peers(step, me)
       if copy is None:
+        self._held = -1, 0.0  # who looks at an older one gives way
         copy = self._free(step)
+        if copy is None:
+          raise WireError(f"no copy is free for step {step}")
         copy.reset(step)
       copy.set_record(header, table)
     found = memory.digests(copy.data.bytes[: copy.shape.data_bytes], copy.shape.chunk)

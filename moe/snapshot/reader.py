@@ -1,17 +1,19 @@
 """The committed snapshot of a live run as a `stored.Source`, read on host 0 through its snapshot process.
 
 Only the user the run belongs to can do it, on the machine of host 0. While it reads, the hosts do not overwrite that snapshot:
-the one after it is still taken, later ones are skipped. The hold ends by itself seconds after the last read.
+the one after it is still taken (not with Snapshot.slots = 1), later ones are skipped. The hold ends by itself seconds after the
+last read.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import pathlib
 import socket
+import threading
 import time
 
+from etils import epath
 import numpy as np
 
 from moe import stored
@@ -29,13 +31,13 @@ class Live:
 
   def __init__(self, run_dir):
     try:
-      told = json.loads((pathlib.Path(run_dir) / "snapshots.json").read_text())
+      told = json.loads((epath.Path(run_dir) / "snapshots.json").read_text())
       sock = socket.socket(socket.AF_UNIX)
       sock.connect(told["socket"])
     except (OSError, ValueError, KeyError) as error:
       raise stored.Unreadable(f"{run_dir}: no live snapshots can be reached ({error}); they are on the machine of the run's "
                               "host 0 while it runs under --supervise") from error
-    self._link = Link(sock, 60.0)
+    self._link, self._lock = Link(sock, 60.0), threading.RLock()
     self._generation = self.step = -1
     status = self._ask({"do": "status"})[0]
     self._generation, self.step = status["generation"], status["committed"]
@@ -51,11 +53,15 @@ class Live:
     self.leaves = {}
     for name, pieces in sorted(self._pieces.items()):
       shape = tuple(max(ends) for ends in zip(*((end for _, end in index) for _, _, _, index, _, _ in pieces)))
-      self.leaves[name] = stored.Leaf(name, shape, pieces[0][1], pieces[0][2], f"on {len({p[0] for p in pieces})} hosts")
+      piece = pieces[0][2]
+      hosts = len({p[0] for p in pieces})
+      self.leaves[name] = stored.Leaf(name, shape, pieces[0][1], (1,) * min(len(piece), 1) + piece[1:], f"on {hosts} hosts")
 
   def _ask(self, message: dict):
     try:
-      return self._link.ask({**message, "generation": self._generation})
+      with self._lock:  # blocks are read by several threads, and the link has one buffer
+        answer, payload = self._link.ask({**message, "generation": self._generation})
+        return answer, np.array(payload)
     except WireError as error:
       raise stored.Unreadable(f"the snapshot of step {self.step} is not to be had any more: {error}") from error
 

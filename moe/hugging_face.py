@@ -1,6 +1,6 @@
 """Hugging Face checkpoints: one table of names and one of config keys a family, each read in both directions. No JAX.
 
-`as_ours` shows a Hugging Face directory under our names and layout, `as_theirs` one of our checkpoints under theirs; both read
+`AsOurs` shows a Hugging Face directory under our names and layout, `AsTheirs` one of our checkpoints under theirs; both read
 single tensors when asked, so import and export are a copy from one to the other, and `tools.inspect_checkpoint` reads either.
 
 Axes of a tensor: L layer  E expert  D width  V vocabulary  H query heads  G key/value heads  K width of a query/key head

@@ -14,9 +14,8 @@ import pytest
 
 from moe import jsonl
 from moe import stored
-from moe.data import embedded
-from moe.data import records
 from moe.snapshot import reader
+from tests import small
 from tools import local_job
 from tools.local_job import Job
 
@@ -31,9 +30,7 @@ def fault(what: str, folder=None) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("corpus") / "tiny"
-  docs = list(records.read_documents(embedded.resolve("embedded:kjv"), "validation"))
-  records.write_domain(folder, {"train": docs[:40], "validation": docs[40:42], "test": docs[42:44]})
+  folder = small.write_corpus(tmp_path_factory.mktemp("corpus") / "tiny")
   return {"Data.domains": "(@tiny/Domain(),)", "tiny/Domain.name": '"tiny"', "tiny/Domain.path": f'"{folder}"'}
 
 

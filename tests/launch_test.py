@@ -13,6 +13,7 @@ import pytest
 
 from moe.errors import UserError
 from tests import fake_gcloud
+from tests import small
 from tools import launch_tpu_vm
 from tools import local_job
 
@@ -108,7 +109,7 @@ def test_what_cannot_be_asked_is_not_taken_for_gone(cloud, monkeypatch, capsys):
   arguments = launch_tpu_vm.parse(["run", *place])
   one = launch_tpu_vm.Cloud(arguments)
   launch_tpu_vm._create(one)
-  number = launch_tpu_vm._ship(one)
+  number = launch_tpu_vm._ship(one, launch_tpu_vm.archive())
   (cloud / "unavailable").touch()
   with pytest.raises(UserError, match="UNAVAILABLE"):
     one.state()
@@ -163,12 +164,7 @@ def job_flags(corpus) -> list[str]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-  from moe.data import embedded
-  from moe.data import records
-
-  folder = tmp_path_factory.mktemp("corpus") / "tiny"
-  docs = list(records.read_documents(embedded.resolve("embedded:kjv"), "validation"))
-  records.write_domain(folder, {"train": docs[:40], "validation": docs[40:42], "test": docs[42:44]})
+  folder = small.write_corpus(tmp_path_factory.mktemp("corpus") / "tiny")
   return {"Data.domains": "(@tiny/Domain(),)", "tiny/Domain.name": '"tiny"', "tiny/Domain.path": f'"{folder}"'}
 
 

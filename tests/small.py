@@ -10,6 +10,8 @@ import numpy as np
 from moe import config
 from moe import sharding
 from moe import step as step_lib
+from moe.data import embedded
+from moe.data import records
 from moe.model import Batch
 
 
@@ -96,3 +98,11 @@ def assert_same(a, b, rtol=2e-5):
 
 def difference(a, b):
   return max(np.abs(x - y).max() / np.abs(x).max() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def write_corpus(folder, held_out: int = 2):
+  """A domain of a few chapters, `held_out` of them each for validation and test, so that scoring takes a second."""
+  docs = list(records.read_documents(embedded.resolve("embedded:kjv"), "validation"))
+  records.write_domain(folder, {"train": docs[:40], "validation": docs[40 : 40 + held_out],
+                                "test": docs[40 + held_out : 40 + 2 * held_out]})
+  return folder

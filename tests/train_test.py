@@ -15,8 +15,7 @@ import pytest
 
 from moe import gin_config
 from moe import jsonl
-from moe.data import embedded
-from moe.data import records
+from tests import small
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = {
@@ -30,10 +29,7 @@ TINY = {
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
   """A few chapters, so that the evaluation at the end takes a second."""
-  folder = tmp_path_factory.mktemp("corpus") / "tiny"
-  docs = list(records.read_documents(embedded.resolve("embedded:kjv"), "validation"))
-  records.write_domain(folder, {"train": docs[:40], "validation": docs[40:43], "test": docs[43:46]})
-  return folder
+  return small.write_corpus(tmp_path_factory.mktemp("corpus") / "tiny", held_out=3)
 
 
 def command(corpus, run_dir, *arguments, **changes):

@@ -55,7 +55,12 @@ def main(argv: list[str] | None = None) -> int:
   part.rename(out)
   print(f"{out}: {family.architecture}, {terminal.count(sum(leaf.size for leaf in arrays.leaves.values()))} parameters in "
         f"{len(arrays.leaves)} tensors, {files} file{'s' if files > 1 else ''}, {dtype}")
-  return check(out, arrays, run.model, family) if arguments.check else terminal.FINE
+  if not arguments.check:
+    return terminal.FINE
+  from tools import hf_logits
+
+  written = stored.find(out).source  # rounded, perhaps: its logits are compared, not those of the run
+  return hf_logits.check(arrays, written, out, hugging_face.AsOurs(written, run.model, family), run.model)
 
 
 def _eos(tokenizer: str) -> int | None:
@@ -74,20 +79,6 @@ def _write_tokenizer(tokenizer: str, folder: epath.Path) -> None:
     loaded = tokenizers.load(tokenizer)
     told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": loaded.token(loaded.eos)}
   (folder / "tokenizer_config.json").write_text(json.dumps(told, indent=2) + "\n")
-
-
-def check(folder, arrays: stored.Source, model: config.Model, family: hugging_face.Family) -> int:
-  """What was written, read back, against what was meant; then the logits, where transformers is there."""
-  written = stored.find(folder)
-  wrong = [name for name in arrays.leaves if name not in written.source.leaves
-           or stored.whole(arrays, name).tobytes() != stored.whole(written.source, name).tobytes()]
-  print(f"check: {len(arrays.leaves) - len(wrong)} of {len(arrays.leaves)} tensors are equal to the bit" + (
-      f"; not {', '.join(wrong[:3])}" if wrong else ""))
-  from tools import hf_logits
-
-  # The arrays as they were written, which may be rounded, so that only the arithmetic is compared.
-  return terminal.DIFFERS if wrong or not hf_logits.compare(
-      folder, hugging_face.AsOurs(written.source, model, family), model) else terminal.FINE
 
 
 if __name__ == "__main__":

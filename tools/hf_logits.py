@@ -10,6 +10,7 @@ import numpy as np
 
 from moe import config
 from moe import stored
+from tools import terminal
 
 # Of the largest logit: float32 sums in another order; a wrong rotary sign or norm flag moves logits by as much as they are.
 TOLERANCE = 1e-4
@@ -74,3 +75,17 @@ def compare(hf_dir, source: stored.Source, m: config.Model) -> bool:
   print(f"check: logits differ from transformers' by at most {gap:.2g}, they are up to {size:.3g}"
         + ("" if good else f": more than {TOLERANCE} of it, so these are not the same model"))
   return good
+
+
+def check(meant: stored.Source, written: stored.Source, hf_dir, ours_source: stored.Source, m: config.Model) -> int:
+  """What was written, read back, against what was meant; then the logits, where transformers is there. An exit code."""
+  wrong = [name for name in meant.leaves if not _equal(meant, written, name)]
+  print(f"check: {len(meant.leaves) - len(wrong)} of {len(meant.leaves)} arrays are equal to the bit" + (
+      f"; not {', '.join(wrong[:3])}" if wrong else ""))
+  return terminal.DIFFERS if wrong or not compare(hf_dir, ours_source, m) else terminal.FINE
+
+
+def _equal(a: stored.Source, b: stored.Source, name: str) -> bool:
+  return name in b.leaves and all(
+      block.tobytes() == np.ascontiguousarray(b.read(name, begin, tuple(s + n for s, n in zip(begin, block.shape)))).tobytes()
+      for begin, block in stored.blocks(a, name))

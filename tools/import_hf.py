@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 
 from etils import epath
-import numpy as np
 
 from moe import checkpoint
 from moe import config
@@ -56,7 +55,12 @@ def main(argv: list[str] | None = None) -> int:
         f"{len(arrays.leaves)} arrays here; options in {out}/model.gin")
   if arrays.left_out:
     print(f"left out: {len(arrays.left_out)} tensors of multi-token prediction, which there is none of here")
-  return check(arguments.hf_dir, out, model, family, arrays) if arguments.check else terminal.FINE
+  if not arguments.check:
+    return terminal.FINE
+  from tools import hf_logits
+
+  written = stored.find(out).source
+  return hf_logits.check(arrays, written, arguments.hf_dir, written, model)
 
 
 def _run(model: config.Model, tokenizer: str, positions: int | None) -> config.Run:
@@ -80,23 +84,6 @@ def _gin(model: config.Model, tokenizer: str, source: str) -> str:
 
   walk(model)
   return "\n".join(lines) + "\n"
-
-
-def check(hf_dir, run_dir, model: config.Model, family: hugging_face.Family, arrays: stored.Source) -> int:
-  """What was written, read back, against what was meant; then the logits, where transformers is there."""
-  written = stored.find(run_dir)
-  wrong = [name for name in arrays.leaves if not _equal(arrays, written.source, name)]
-  print(f"check: {len(arrays.leaves) - len(wrong)} of {len(arrays.leaves)} arrays are equal to the bit" + (
-      f"; not {', '.join(wrong[:3])}" if wrong else ""))
-  from tools import hf_logits
-
-  return terminal.DIFFERS if wrong or not hf_logits.compare(hf_dir, written.source, model) else terminal.FINE
-
-
-def _equal(a: stored.Source, b: stored.Source, name: str) -> bool:
-  return name in b.leaves and all(
-      block.tobytes() == np.ascontiguousarray(b.read(name, begin, tuple(s + n for s, n in zip(begin, block.shape)))).tobytes()
-      for begin, block in stored.blocks(a, name))
 
 
 if __name__ == "__main__":

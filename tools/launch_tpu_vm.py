@@ -136,7 +136,15 @@ class Cloud:
     return self.run("storage", "cat", f"{self.a.bucket}/{self.a.name}/{name}", check=False, quiet=True)
 
   def list(self, pattern: str) -> list[str]:
-    return self.run("storage", "ls", f"{self.a.bucket}/{self.a.name}/{pattern}", check=False, quiet=True).split()
+    """Names below the folder, for `read`."""
+    root = f"{self.a.bucket}/{self.a.name}/"
+    return [path.removeprefix(root) for path in self.run("storage", "ls", root + pattern, check=False, quiet=True).split()]
+
+  def put_code(self, code: bytes) -> str:
+    """Its name there."""
+    name = f"code-{hashlib.sha256(code).hexdigest()[:16]}.tar.gz"
+    self.put(name, code)
+    return name
 
 
 # ------------------------------------------------------------------------------------------------------------------ verbs
@@ -175,27 +183,25 @@ def run(cloud: Cloud) -> int:
   a = cloud.a
   if a.mode == "ssh" and a.num_slices > 1:
     raise LaunchError("--mode=ssh is for one slice; leave it out")
-  archive()  # an error here comes before anything costs money
+  code = archive()  # an error here comes before anything costs money
   state = cloud.state()
   if state in GONE:
     if state != "NOT_FOUND":
       cloud.delete()
     _create(cloud)
   if a.mode == "ssh":
-    return _run_by_ssh(cloud)
-  number = _ship(cloud)
+    return _run_by_ssh(cloud, code)
+  number = _ship(cloud, code)
   if a.dry_run or not (a.retries or a.follow):
     print(f"job {number} of {a.name} is on its way; `logs --follow` shows it, and it goes on without this machine")
     return terminal.FINE
   return _stay(cloud, number)
 
 
-def _ship(cloud: Cloud) -> str:
+def _ship(cloud: Cloud, code: bytes) -> str:
   """Code, token and job.json into the bucket; the job's number."""
-  a, code = cloud.a, archive()
-  name = f"code-{hashlib.sha256(code).hexdigest()[:16]}.tar.gz"
+  a, name = cloud.a, cloud.put_code(code)
   number = time.strftime("%Y%m%d-%H%M%S") + f"-{secrets.token_hex(2)}" if not a.dry_run else "NUMBER"
-  cloud.put(name, code)
   cloud.put("token", secrets.token_hex(32).encode())
   cloud.put("job.json", json.dumps({"number": number, "code": name, "command": command(a), "hosts": hosts(a),
                                     "slices": a.num_slices, "setup": a.setup,
@@ -204,8 +210,8 @@ def _ship(cloud: Cloud) -> str:
 
 
 def command(a: argparse.Namespace) -> list[str]:
-  run_dir = a.run_dir or f"{a.bucket}/{a.name}/run"
-  return [a.python, "-m", "moe.train", "--supervise", f"--run_dir={run_dir}", *a.train]
+  how = "--supervise" if a.mode == "startup" else "--multihost"
+  return [a.python, "-m", "moe.train", how, f"--run_dir={a.run_dir or f'{a.bucket}/{a.name}/run'}", *a.train]
 
 
 def hosts(a: argparse.Namespace) -> int:
@@ -243,15 +249,12 @@ def archive() -> bytes:
   return bytes(data)
 
 
-def _run_by_ssh(cloud: Cloud) -> int:
+def _run_by_ssh(cloud: Cloud, code: bytes) -> int:
   """A quick try: ends with the connection."""
-  a, code = cloud.a, archive()
-  name = f"code-{hashlib.sha256(code).hexdigest()[:16]}.tar.gz"
-  cloud.put(name, code)
+  a, name = cloud.a, cloud.put_code(code)
   exports = "".join(f"export {pair}; " for pair in map(_quoted_pair, a.env))
-  words = [a.python, "-m", "moe.train", "--multihost", f"--run_dir={a.run_dir or f'{a.bucket}/{a.name}/run'}", *a.train]
   line = (f"mkdir -p ~/moe && cd ~/moe && gcloud storage cp {shlex.quote(f'{a.bucket}/{a.name}/{name}')} code.tar.gz && "
-          f"tar -xzf code.tar.gz && ( [ -e .ready ] || ( {a.setup} ) ) && touch .ready && {exports}{shlex.join(words)}")
+          f"tar -xzf code.tar.gz && ( [ -e .ready ] || ( {a.setup} ) ) && touch .ready && {exports}{shlex.join(command(a))}")
   cloud.ssh(0, line)
   return terminal.FINE
 
@@ -305,7 +308,7 @@ def _codes(cloud: Cloud, number: str) -> dict[int, int]:
   """Exit codes of the hosts that have ended; those that were told to end by their machine do not count."""
   found = {}
   for path in cloud.list(f"state/{number}/*.json"):
-    text = cloud.read(path.removeprefix(f"{cloud.a.bucket}/{cloud.a.name}/"))
+    text = cloud.read(path)
     if text:
       state = json.loads(text)
       if state["code"] not in (143, -15):
@@ -320,7 +323,7 @@ def _show_new(cloud: Cloud, shown: set[str]) -> None:
       shown.add(path)
       host = path.split("/")[-2]
       if cloud.a.host is None or cloud.a.host == int(host):
-        for line in cloud.read(path.removeprefix(f"{cloud.a.bucket}/{cloud.a.name}/")).splitlines():
+        for line in cloud.read(path).splitlines():
           print(f"{host}| {line}", flush=True)
 
 
@@ -332,7 +335,7 @@ def status(cloud: Cloud) -> int:
   if text:
     told["job"] = json.loads(text)
     told["ended"] = {path.rpartition("/")[2].removesuffix(".json"): json.loads(
-        cloud.read(path.removeprefix(f"{cloud.a.bucket}/{cloud.a.name}/")) or "{}").get("code")
+        cloud.read(path) or "{}").get("code")
                      for path in cloud.list(f"state/{told['job']['number']}/*.json")}
   if cloud.a.json:
     terminal.as_json(told)

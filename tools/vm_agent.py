@@ -113,7 +113,6 @@ class Agent:
   def __init__(self, root):
     self.bucket = Bucket(root)
     self.slice, self.worker, workers = place()
-    self.workers = workers
     self.index = self.slice * workers + self.worker
     self.incarnation = metadata("moe-incarnation") or "0"
     self.log = Log(self.bucket, self.index)
@@ -168,7 +167,7 @@ class Agent:
         if job["setup"]:
           subprocess.run(["bash", "-c", job["setup"]], cwd=code, check=True)
         (code / "ready").touch()
-      leader = self._leader(job["hosts"])
+      leader = self._leader()
       token = HOME / "token"
       token.touch(mode=0o600)
       token.chmod(0o600)
@@ -192,7 +191,7 @@ class Agent:
     self.reader = threading.Thread(target=self._copy, args=(self.process,), daemon=True)
     self.reader.start()
 
-  def _leader(self, hosts):
+  def _leader(self):
     """Address of host 0, when it has said it."""
     while not self.ending:
       told = self.bucket.read(f"hosts/{self.incarnation}/0.json")

@@ -345,17 +345,17 @@ class Cluster:
     said, waiting = {}, list(hosts or self.hosts)
     while waiting:
       host = waiting.pop(0)
+      given_up = any("skipped" in m for m in said.values())
       try:
         message = host.hear("prepared", "skipped", seconds=0.2)
-        if step in message.values():
-          said[host.number] = message
-          continue
       except queue.Empty:
-        if any("skipped" in m for m in said.values()):  # as the leader does then
-          self.tell({"do": "abandon", "step": step})
-          said[host.number] = {"skipped": step, "reason": "given up"}
-          continue
-      waiting.append(host)
+        message = {"skipped": step, "reason": "given up"} if given_up else {}
+      if step not in message.values():
+        waiting.append(host)
+        continue
+      said[host.number] = message
+      if "skipped" in message and not given_up:  # as the leader does then
+        self.tell({"do": "abandon", "step": step})
     said = list(said.values())
     if commit and all("prepared" in s for s in said):
       self.tell({"do": "commit", "step": step})
@@ -366,7 +366,9 @@ class Cluster:
 
   def wait_for_the_end_of(self, step):
     """Until all hosts know that a step was given up."""
+    deadline = time.monotonic() + 10
     while any(step not in host.keeper.abandoned for host in self.hosts):
+      assert time.monotonic() < deadline, [host.keeper.abandoned for host in self.hosts]
       time.sleep(0.005)
 
   def tell(self, message):

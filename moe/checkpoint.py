@@ -33,7 +33,7 @@ import orbax.checkpoint as ocp
 
 from moe import config
 from moe import stored
-from moe.errors import UserError
+from moe.errors import UserError, storage_errors
 
 _CHUNK_BYTES = 64 << 20  # largest piece of an array that is written, and so read, at once
 _SMALLEST_CHUNK_BYTES = 1 << 20
@@ -129,6 +129,15 @@ class Checkpointer:
     """Those that every host sees: a listing may fail for a moment on one of them, and all must choose the same."""
     return _on_all_hosts(sorted(self._manager.all_steps(read=True)))
 
+  def _forget_failed(self) -> list[str]:
+    """After a failed save: what is there is listed anew, and what the save left is removed; says what of that fails."""
+    try:
+      self._manager.reload()
+      self._sweep()
+      return []
+    except Exception as error:  # the store is still away
+      return [f"the checkpoints could not be listed: {_one_line(error)}"]
+
   def good(self, step: int) -> bool:
     """Whether every host's part of it was read back and found equal."""
     return len(list((self._folder / str(step)).glob("good.*"))) >= jax.process_count()
@@ -144,7 +153,7 @@ class Checkpointer:
       return []
     step, said, code = self._unread, self._reader.communicate()[0].strip(), self._reader.returncode
     self._reader = self._unread = None
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(*storage_errors()):
       mark = f"{'bad' if code else 'good'}.{jax.process_index()}-of-{jax.process_count()}"
       (self._folder / str(step) / mark).write_text(f"{said}\n")
     return [] if code == 0 else [f"checkpoint {step} does not read back as it was saved: {said}"]
@@ -156,7 +165,7 @@ class Checkpointer:
       What went wrong with the save before this one, or at the start of this one; [] if nothing.
     """
     problems = self.wait()
-    if step in self.steps():
+    if step in _on_all_hosts(sorted(self._manager.all_steps())):  # as it remembers: a store that is away stops nothing
       return problems
     self._stop_reading()  # it is slower than the saves come
     side = {"data": copy.deepcopy(data), "digests": digests(state),
@@ -172,8 +181,7 @@ class Checkpointer:
       else:
         self._unread = step
     except Exception as error:  # Orbax raises many types here; none may end the run
-      problems.append(f"checkpoint {step} could not be saved: {_one_line(error)}")
-      self._manager.reload()
+      problems += [f"checkpoint {step} could not be saved: {_one_line(error)}", *self._forget_failed()]
     return problems
 
   def wait(self) -> list[str]:
@@ -188,9 +196,8 @@ class Checkpointer:
         problems.append(f"a checkpoint could not be saved: {_one_line(error)}")
     if problems:
       self._unread = None
-      self._manager.reload()
-      self._sweep()
-    return problems[:1]
+      problems[1:] = self._forget_failed()
+    return problems
 
   def restore(self, abstract_state: Any, run: config.Run) -> Restored | None:
     """The newest checkpoint that is whole, or None where there is none at all.
@@ -328,7 +335,7 @@ def _on_all_hosts(steps: list[int]) -> list[int]:
 def _read_sides(folder: epath.Path) -> dict:
   try:
     side = {key: json.loads((folder / key / "metadata").read_text()) for key in ("data", "config", "digests")}
-  except (OSError, ValueError) as error:
+  except (*storage_errors(), ValueError) as error:
     raise _Damaged(_one_line(error)) from error
   for key in ("data", "config"):
     if side["digests"].get("sides", {}).get(key) != _seal(side[key]):
@@ -418,11 +425,10 @@ def step_folders(path) -> list[epath.Path]:
   path = stored.absolute(path)
   if (path / "state").exists():
     return [path]
-  root = path / "checkpoints" if (path / "checkpoints").exists() else path
-  found = [p for p in root.iterdir() if p.name.isdigit()] if root.exists() else []
+  found = stored.steps(path)
   if not found:
     raise CheckpointError(f"{path} holds no checkpoint; give a run directory or checkpoints/<step>")
-  return sorted(found, key=lambda p: int(p.name), reverse=True)
+  return found
 
 
 def read_run_config(path) -> dict:
@@ -434,7 +440,7 @@ def read_run_config(path) -> dict:
   for folder in step_folders(path):
     try:
       return json.loads((folder / "config" / "metadata").read_text())["run"]
-    except (OSError, ValueError, KeyError):
+    except (*storage_errors(), ValueError, KeyError):
       continue
   raise CheckpointError(f"no checkpoint of {path} has a readable config")
 

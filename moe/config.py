@@ -366,7 +366,7 @@ class Mesh(_Checked):
 
 @_dataclass
 class Domain(_Checked):
-  """One source of documents. `path` is a directory made by tools.build_data, or `embedded:kjv`, `embedded:python`."""
+  """One source of documents. `path` is a directory made by tools.build_data (or gs://), `embedded:kjv`, `embedded:python`."""
 
   name: str
   path: str

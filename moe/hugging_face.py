@@ -126,7 +126,8 @@ class _Place(NamedTuple):
   by_expert: bool
 
 
-def _places(m: config.Model, family: Family) -> Iterator[_Place]:
+def places(m: config.Model, family: Family) -> Iterator[_Place]:
+  """Every leaf of a model of ours and what a family calls it."""
   for part in (_EMBEDDING, _FINAL_NORM) + (() if m.tie_embeddings else (_HEAD,)):
     yield _Place(f"params.{part.ours}", part, None, False)
   attention, every, first = _attention_parts(m.attention), m.moe_every, m.num_dense_layers
@@ -184,7 +185,7 @@ class AsOurs:
 
   def __init__(self, source: stored.Source, m: config.Model, family: Family, dtype: str | None = None):
     self._source, self._dtype, self._sizes = source, dtype, axis_sizes(m)
-    self._places = {place.leaf: place for place in sorted(_places(m, family))}
+    self._places = {place.leaf: place for place in sorted(places(m, family))}
     self.leaves, used = {}, set()
     for name, place in self._places.items():
       self.leaves[name] = self._leaf(place, used)
@@ -230,7 +231,7 @@ class AsTheirs:
   def __init__(self, source: stored.Source, m: config.Model, family: Family, dtype: str | None = None):
     self._source, self._dtype, self._sizes = source, dtype, axis_sizes(m)
     self._where, self.leaves = {}, {}
-    for place in _places(m, family):
+    for place in places(m, family):
       found = source.leaves.get(place.leaf)
       if found is None:
         raise InteropError(f"the checkpoint has no {place.leaf}, which its config asks for")
@@ -397,11 +398,11 @@ FAMILIES = {f.model_type: f for f in (
 _MLA_BIAS_RATE = 0.001  # DeepSeek-V3's; config.json does not say, and a trained bias must have a place
 
 # What a checkpoint's arithmetic does not depend on.
-_FREE = ("attention.backend", "dropout", "compute_dtype", "scan_layers", "remat",
-         *(f"experts.{name}" for name in ("backend", "dispatch", "buffer_factor", "overlap_degree", "backward_degree",
-                                          "capacity_group", "drop_policy", "forward_weights")),
-         *(f"router.{name}" for name in ("balance_scope", "balance_coef", "micro_mix", "z_loss_coef", "bias_update_rate",
-                                         "cosine_width", "soft_slots", "allow_lookahead")))
+FREE = ("attention.backend", "dropout", "compute_dtype", "scan_layers", "remat",
+        *(f"experts.{name}" for name in ("backend", "dispatch", "buffer_factor", "overlap_degree", "backward_degree",
+                                         "capacity_group", "drop_policy", "forward_weights")),
+        *(f"router.{name}" for name in ("balance_scope", "balance_coef", "micro_mix", "z_loss_coef", "bias_update_rate",
+                                        "cosine_width", "soft_slots", "allow_lookahead")))
 _FREE_GROUPS = ("init_std.", "router.recurrent.", "router.pre_gate.")
 
 
@@ -498,7 +499,7 @@ def _refuse(ours: dict[str, Any], back: dict[str, Any], family: Family) -> None:
   """What a config says after the way there and back must be what it said."""
   yarn = "attention.rope.yarn_factor"
   for path, value in ours.items():
-    if path in _FREE or (path.startswith(_FREE_GROUPS) and path not in ("router.recurrent.cell", "router.pre_gate.d_model")):
+    if path in FREE or (path.startswith(_FREE_GROUPS) and path not in ("router.recurrent.cell", "router.pre_gate.d_model")):
       continue
     if path.startswith("attention.rope.yarn_") and ours[yarn] == back[yarn] == 1:
       continue  # the rest of it is without effect

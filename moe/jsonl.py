@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
+import threading
 import time
 from typing import Any
 from collections.abc import Iterator
@@ -13,36 +15,87 @@ from etils import epath
 
 def read(path) -> Iterator[dict[str, Any]]:
   """The records of a file and of its parts; a last line cut short by a kill is passed over."""
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:  # parts of a long run are many, and each is a request
+    for text in pool.map(lambda part: part.read_text(), _parts(path)):
+      for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+          yield json.loads(line)
+
+
+def sizes(path) -> list[int]:
+  """Bytes of the file or of each part; they change when records are written."""
+  return [part.stat().length for part in _parts(path)]
+
+
+def _parts(path) -> list[epath.Path]:
   path = epath.Path(path)
-  for part in [path] if path.exists() else sorted(path.parent.glob(f"{path.stem}-*.jsonl")):
-    for line in part.read_text().splitlines():
-      with contextlib.suppress(ValueError):
-        yield json.loads(line)
+  return ([path] if path.exists() else []) + sorted(path.parent.glob(f"{path.stem}-*.jsonl"))
 
 
 class Writer:
-  """Appends records; several processes may append to one file."""
+  """Appends records; several processes may append to one file.
 
-  def __init__(self, path: epath.Path):
-    self._path = path
+  On an object store a thread writes a part some seconds after the first record that waits: training does not wait for the
+  network, and what a failed write was to carry goes with the next.
+  """
+
+  def __init__(self, path: epath.Path, seconds: float = 20.0):
+    """`seconds`: how long records may wait to be written together, on an object store."""
+    self._path, self._seconds = path, seconds
     self._local = "://" not in str(path)
     self._pending: list[str] = []
-    if self._local and path.exists() and not ("\n" + path.read_text()).endswith("\n"):
-      self._pending.append("")  # a kill cut the last line; end it
+    if self._local:
+      if path.exists() and not ("\n" + path.read_text()).endswith("\n"):
+        self._pending.append("")  # a kill cut the last line; end it
+      return
+    self._lock, self._wake, self._closed, self._failure = threading.Lock(), threading.Event(), threading.Event(), None
+    self._thread = threading.Thread(target=self._send, daemon=True, name="records")
+    self._thread.start()
 
   def write(self, record: dict[str, Any]) -> None:
-    self._pending.append(json.dumps(record))
-    if self._local or len(self._pending) >= 100:
-      self.flush()
-
-  def flush(self) -> None:
-    if not self._pending:
-      return
-    text = "\n".join(self._pending) + "\n"
-    self._pending = []
+    """Raises OSError: this record, or on an object store an earlier one, could not be written."""
     if self._local:
+      self._pending.append(json.dumps(record))
+      text, self._pending = "\n".join(self._pending) + "\n", []
       with self._path.open("a") as file:
         file.write(text)
-    else:
-      part = self._path.parent / f"{self._path.stem}-{time.time_ns():020}.jsonl"
-      part.write_text(text)
+      return
+    with self._lock:
+      self._pending.append(json.dumps(record))
+      failure, self._failure = self._failure, None
+    self._wake.set()
+    if failure:
+      raise OSError(failure)
+
+  def close(self, seconds: float = 60.0) -> None:
+    """Waits until all is written. Raises OSError: it could not be."""
+    if self._local:
+      return
+    self._closed.set()
+    self._wake.set()
+    self._thread.join(seconds)
+    if self._pending or self._failure:
+      raise OSError(f"{len(self._pending)} records are lost: {self._failure or 'the store does not answer'}")
+
+  def _send(self) -> None:
+    while not (self._closed.is_set() and not self._pending):
+      self._wake.wait()
+      self._closed.wait(self._seconds)
+      self._wake.clear()
+      last = self._closed.is_set()
+      with self._lock:
+        lines = list(self._pending)
+      if not lines:
+        continue
+      try:
+        part = self._path.parent / f"{self._path.stem}-{time.time_ns():020}.jsonl"
+        part.write_text("\n".join(lines) + "\n")
+      except Exception as error:  # of whatever client the store has
+        self._failure = f"{type(error).__name__}: {error}"
+        if last:
+          return
+        self._wake.set()
+        continue
+      with self._lock:
+        del self._pending[: len(lines)]
+        self._failure = None

@@ -64,11 +64,10 @@ class Recorder:
 
   def close(self) -> None:
     if self._active:
-      with self._guarded():
-        self._metrics.flush()
-        self._events.flush()
-        if self._board:
-          self._board.close()
+      for writer in (self._metrics, self._events, self._board):
+        with self._guarded():
+          if writer:
+            writer.close()
     self.terminal.close()
 
   @contextlib.contextmanager

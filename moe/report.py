@@ -41,17 +41,18 @@ def read(run_dir) -> dict[str, list[dict]]:
   return {kind: [records[step] for step in sorted(records)] for kind, records in by_kind.items()}
 
 
-def write(run_dir, refresh_seconds: int = 0) -> epath.Path:
-  """Draws every picture and writes `<run_dir>/report/index.html`; returns its path.
+def write(run_dir, folder=None, refresh_seconds: int = 0) -> epath.Path:
+  """Draws every picture and writes `index.html`; returns its path.
 
   Args:
+    folder: where to, by default `<run_dir>/report`.
     refresh_seconds: > 0: the page loads itself again after so long.
 
   Raises:
     ReportError
   """
   run_dir, records = epath.Path(run_dir), read(run_dir)
-  folder = run_dir / "report"
+  folder = epath.Path(folder or run_dir / "report")
   runs = {run_dir.name: records}
   pictures = _save(folder, {
       "curves": ("Training and evaluation", _draw_curves(runs)), "load": ("Expert load over time", _draw_load(records)),

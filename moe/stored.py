@@ -28,6 +28,7 @@ import tensorstore as ts
 
 from moe.errors import UserError
 
+COMMITTED = "commit_success.txt"  # Orbax's mark of a whole checkpoint on an object store
 FORMAT = 1  # of our checkpoints; a higher one is refused
 _BLOCK_BYTES = 64 << 20  # read at a time
 _DIGEST_ELEMENTS = 4 << 20  # digested at a time
@@ -80,22 +81,21 @@ class Orbax:
 
   def __init__(self, folder):
     self._folder = absolute(folder)
+    self._context = ts.Context({"cache_pool": {"total_bytes_limit": 32 << 20}})  # directories of OCDBT, not arrays
 
   @functools.cached_property
   def leaves(self) -> dict[str, Leaf]:
     found, shardings = {}, self._shardings()
-    opened = {name: self._open(name) for name in self._names()}
-    for name, future in opened.items():
-      array = _result(name, future)
+    for name, array in self._opened.items():
       found[name] = Leaf(name, tuple(array.shape), array.dtype.name, tuple(array.chunk_layout.read_chunk.shape or ()),
                          shardings.get(name, ""))
     return found
 
   def read(self, name, begin, end):
     where = tuple(slice(b, e) for b, e in zip(begin, end))
-    array = _result(name, self._open(name))
-    return np.asarray(_result(name, array[where].read()))
+    return np.asarray(_result(name, self._opened[name][where].read()))
 
+  @functools.cached_property
   def _store(self) -> dict:
     path = str(self._folder) + "/"
     base = path if "://" in path else {"driver": "file", "path": path}
@@ -104,21 +104,26 @@ class Orbax:
     return ts.KvStore.Spec(base).to_json()
 
   def _names(self) -> list[str]:
-    keys = _result(str(self._folder), _result(str(self._folder), ts.KvStore.open(self._store())).list())
+    folder = str(self._folder)
+    keys = _result(folder, _result(folder, ts.KvStore.open(self._store, context=self._context)).list())
     names = {key.rpartition(b"/")[0].decode() for key in keys if key.rpartition(b"/")[2] in (b".zarray", b"zarr.json")}
     if not names:
       raise Unreadable(f"{self._folder} holds no arrays")
     return sorted(names)
 
-  def _open(self, name: str):
-    store = self._store()
-    return ts.open({"driver": "auto", "kvstore": {**store, "path": f"{store.get('path', '')}{name}/"}}, open=True, read=True)
+  @functools.cached_property
+  def _opened(self) -> dict[str, Any]:
+    def begin(name: str):
+      place = {**self._store, "path": f"{self._store.get('path', '')}{name}/"}
+      return ts.open({"driver": "auto", "kvstore": place}, open=True, read=True, context=self._context)
+
+    return {name: _result(name, future) for name, future in {name: begin(name) for name in self._names()}.items()}
 
   def _shardings(self) -> dict[str, str]:
     try:
       told = json.loads((self._folder / "_sharding").read_text())
       return {base64.b64decode(key).decode(): _sharding_text(json.loads(value)) for key, value in told.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):  # a damaged one: it is told, not needed
       return {}
 
 
@@ -143,7 +148,7 @@ def _sharding_text(told: dict) -> str:
 
 
 class Safetensors:
-  """A Hugging Face directory, or one file of it; only headers are read until a block is asked for."""
+  """A Hugging Face directory, or one file of it; only headers are read until a block is asked for (whole files of gs://)."""
 
   kind = "safetensors"
 
@@ -180,7 +185,7 @@ class Safetensors:
     found = {}
     for path in self._files:
       try:
-        file = safetensors.safe_open(str(path), framework="np")
+        file = safetensors.safe_open(_local(path), framework="np")
         for name in file.keys():  # noqa: SIM118
           part = file.get_slice(name)
           short, shape = part.get_dtype(), tuple(part.get_shape())
@@ -197,6 +202,15 @@ class Safetensors:
     if not leaf.shape:
       return file.get_tensor(name)
     return file.get_slice(name)[tuple(slice(b, e) for b, e in zip(begin, end))]
+
+
+def _local(path: epath.Path) -> str:
+  """The library reads local files only: one of an object store is copied, for as long as this process lives."""
+  if "://" not in str(path):
+    return str(path)
+  import fsspec
+
+  return fsspec.open_local(f"simplecache::{path}")
 
 
 def write_shards(arrays: Source, folder: epath.Path, shard_bytes: int) -> int:
@@ -224,7 +238,7 @@ def save_tensors(path: epath.Path, tensors: dict[str, np.ndarray]) -> None:
   """The one place that writes safetensors: its NumPy writer takes the memory of an array as it lies, so it must be in order."""
   import safetensors.numpy
 
-  ordered = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+  ordered = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in tensors.items()}  # a scalar stays one
   path.write_bytes(safetensors.numpy.save(ordered, metadata={"format": "pt"}))
 
 
@@ -274,8 +288,13 @@ def steps(path) -> list[epath.Path]:
   """The step directories of a run, newest first; [] where it is no run."""
   path = epath.Path(path)
   root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-  found = [p for p in root.iterdir() if p.name.isdigit()] if root.is_dir() else []
+  found = [p for p in root.iterdir() if p.name.isdigit() and saved_whole(p)] if root.is_dir() else []
   return sorted(found, key=lambda p: int(p.name), reverse=True)
+
+
+def saved_whole(step_folder: epath.Path) -> bool:
+  """False for what an interrupted save left on an object store, where names are final from the beginning."""
+  return "://" not in str(step_folder) or (step_folder / COMMITTED).exists()
 
 
 def read_back(step_folder) -> str:
@@ -293,7 +312,7 @@ def find(path) -> Found:
   if not path.exists():
     raise Unreadable(f"{path} does not exist")
   if path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors"))):
-    return Found(Safetensors(path), path, None, _read_json(path / "config.json") if path.is_dir() else None)
+    return Found(Safetensors(path), path, None, read_json(path / "config.json") if path.is_dir() else None)
   if _is_item(path):
     return _step(path.parent, path)
   if not path.is_dir():
@@ -318,13 +337,14 @@ def _is_item(path: epath.Path) -> bool:
 
 
 def _step(folder: epath.Path, item: epath.Path) -> Found:
-  side = _read_json(folder / "config" / "metadata") or {}
+  side = read_json(folder / "config" / "metadata") or {}
   if side.get("format", FORMAT) > FORMAT:
     raise Unreadable(f"{folder} is of format {side['format']}; this version reads up to {FORMAT}: take a newer one")
   return Found(Orbax(item), folder, int(folder.name) if folder.name.isdigit() else None, side.get("run"))
 
 
-def _read_json(path: epath.Path) -> dict | None:
+def read_json(path: epath.Path) -> dict | None:
+  """None where there is no such file. Raises Unreadable."""
   try:
     return json.loads(path.read_text()) if path.exists() else None
   except (OSError, ValueError) as error:

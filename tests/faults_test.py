@@ -1,7 +1,7 @@
 """Whole jobs with faults: supervisors, snapshot processes and trainers as real processes on loopback.
 
 Every row is one of docs/faults.md's table; what goes on afterwards is compared to the bit with a run that nobody disturbed.
-`bash tools/dev.sh faults` runs them all; MOE_FAULT_TURN=n every fourth from the n-th on.
+`bash tools/dev.sh faults` runs them all; with MOE_TURN=n/4 every fourth from the n-th on.
 """
 
 import json
@@ -32,14 +32,6 @@ def fault(what: str, folder=None) -> dict[str, str]:
 def corpus(tmp_path_factory):
   folder = small.write_corpus(tmp_path_factory.mktemp("corpus") / "tiny")
   return {"Data.domains": "(@tiny/Domain(),)", "tiny/Domain.name": '"tiny"', "tiny/Domain.path": f'"{folder}"'}
-
-
-@pytest.fixture(autouse=True)
-def turn(request):
-  wanted = os.environ.get("MOE_FAULT_TURN")
-  mine = [item for item in request.session.items if item.fspath == request.node.fspath].index(request.node)
-  if wanted is not None and mine % 4 != int(wanted) % 4:
-    pytest.skip("another turn's")
 
 
 @pytest.fixture

@@ -61,7 +61,8 @@ def test_several_runs_and_what_differs(tmp_path):
 
 
 def test_the_page_needs_no_network(tmp_path):
-  page = report.write(made(tmp_path / "a")).read_text()
+  assert tool.main([str(made(tmp_path / "a")), f"--out={tmp_path}/elsewhere"]) == 0
+  page = (tmp_path / "elsewhere" / "index.html").read_text()
   assert not re.findall(r"(?:src|href)=(?!'data:)", page)
 
 
@@ -72,12 +73,9 @@ def test_tokens_and_gaps():
   assert np.isnan(hours[6]) and np.isfinite(np.delete(hours, 6)).all()
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["{tmp}/none"], "no training records"), (["{tmp}/a", "--out=x"], "--out is for several")])
-def test_mistakes_are_one_line(tmp_path, argv, words):
-  made(tmp_path / "a")
-  with pytest.raises(UserError, match=words):
-    tool.main([a.format(tmp=tmp_path) for a in argv])
+def test_mistakes_are_one_line(tmp_path):
+  with pytest.raises(UserError, match="no training records"):
+    tool.main([str(tmp_path / "none")])
 
 
 def test_watch_serves_what_is_new(tmp_path):

@@ -78,7 +78,7 @@ def _read(path: str) -> dict:
     return config.to_dict(gin_config.resolve([pathlib.Path(path)]).run)
   kept = pathlib.Path(path) / "config.json"
   if kept.exists():
-    return config.to_dict(config.from_dict(config.Run, stored._read_json(kept)))
+    return config.to_dict(config.from_dict(config.Run, stored.read_json(kept)))
   found = stored.find(path).config
   if not found or "model" not in found:
     raise UserError(f"{path} is neither a .gin file nor a run or checkpoint with a config of ours")

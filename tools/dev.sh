@@ -3,7 +3,7 @@
 #   bash tools/dev.sh train [flags of moe.train]     the main job
 #   bash tools/dev.sh test  [flags of pytest]        the fast tests; with `--slow` all of them
 #   bash tools/dev.sh tpu   [flags of pytest]        the compile tests for TPU (Python >= 3.12)
-#   bash tools/dev.sh faults [flags of pytest]       whole jobs with faults; MOE_FAULT_TURN=n takes every fourth from n on
+#   bash tools/dev.sh faults [flags of pytest]       whole jobs with faults; MOE_TURN=n/4 takes every fourth from n on
 #   bash tools/dev.sh parity [flags of pytest]       the Hugging Face tests beside torch and transformers (CPU builds), and lm-eval
 #   bash tools/dev.sh run   COMMAND ...              any command within the environment
 set -euo pipefail

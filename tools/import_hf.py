@@ -79,7 +79,7 @@ def _gin(model: config.Model, tokenizer: str, source: str) -> str:
       value, path = getattr(part, field.name), prefix + field.name
       if dataclasses.is_dataclass(value):
         walk(value, f"{path}.")
-      elif path not in hugging_face._FREE or path == "router.bias_update_rate":  # how it is computed is the run's matter
+      elif path not in hugging_face.FREE or path == "router.bias_update_rate":  # how it is computed is the run's matter
         lines.append(f"{type(part).__name__}.{field.name} = {value!r}")
 
   walk(model)

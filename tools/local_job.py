@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 
+from etils import epath
+
 from moe import jsonl
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -35,10 +37,12 @@ class Job:
   """`hosts` supervisors of one job; killing one kills its host, for its children die with it."""
 
   def __init__(self, run_dir, hosts: int, changes: dict | None = None, flags=(), trainer: str = "tests.fault_trainer",
-               environment=None):
-    self.run_dir, self.hosts = pathlib.Path(run_dir), hosts
+               environment=None, logs=None):
+    """`logs`: folder of the hosts' output and the token, where the run directory is on an object store."""
+    self.run_dir, self.hosts = epath.Path(run_dir), hosts
     self.run_dir.mkdir(parents=True, exist_ok=True)
-    self.token = self.run_dir / "token"
+    self._logs = pathlib.Path(logs or run_dir)
+    self.token = self._logs / "token"
     self.token.write_text(secrets.token_hex(32))
     self.token.chmod(0o600)
     self._port = free_port()
@@ -56,7 +60,7 @@ class Job:
     """A host, new or in the place of a lost one; with a token of its own it is a stranger."""
     place = f"127.0.0.1:{self._port},{self.hosts},{host}"
     several = [f"--multihost={place}", f"--token_file={token or self.token}"] if self.hosts > 1 else []
-    with open(self.run_dir / f"log-{host}.txt", "a") as log:
+    with open(self._logs / f"log-{host}.txt", "a") as log:
       process = subprocess.Popen([sys.executable, "-m", "tools.local_job", *self._arguments, *several], cwd=ROOT,
                                  env=self._environment, stdout=log, stderr=log, start_new_session=True)
     if token is None:
@@ -91,13 +95,10 @@ class Job:
     return True
 
   def events(self, name: str | None = None) -> list[dict]:
-    path = self.run_dir / "events.jsonl"
-    found = list(jsonl.read(path)) if path.exists() else []
-    return [event for event in found if name in (None, event["event"])]
+    return [event for event in jsonl.read(self.run_dir / "events.jsonl") if name in (None, event["event"])]
 
   def last_step(self) -> int:
-    path = self.run_dir / "metrics.jsonl"
-    return max((r["step"] for r in jsonl.read(path) if r["kind"] == "train"), default=-1) if path.exists() else -1
+    return max((r["step"] for r in jsonl.read(self.run_dir / "metrics.jsonl") if r["kind"] == "train"), default=-1)
 
   def wait_for(self, condition, seconds: float = 240.0):
     """Until `condition()` is true; its value."""
@@ -124,7 +125,7 @@ class Job:
     return codes
 
   def logs(self) -> str:
-    return "\n".join(f"--- host {h}\n{(self.run_dir / f'log-{h}.txt').read_text()[-20000:]}" for h in range(self.hosts))
+    return "\n".join(f"--- host {h}\n{(self._logs / f'log-{h}.txt').read_text()[-20000:]}" for h in range(self.hosts))
 
   def close(self) -> None:
     for process in self.supervisors.values():
@@ -142,7 +143,7 @@ class Job:
 def losses(run_dir) -> dict[int, str]:
   """Loss by step to the bit; a step that was done twice must have the same both times."""
   found: dict[int, str] = {}
-  for record in jsonl.read(pathlib.Path(run_dir) / "metrics.jsonl"):
+  for record in jsonl.read(epath.Path(run_dir) / "metrics.jsonl"):
     if record["kind"] == "train":
       value = float(record["loss"]).hex()
       assert found.setdefault(record["step"], value) == value, record["step"]
@@ -150,7 +151,7 @@ def losses(run_dir) -> dict[int, str]:
 
 
 def final_digests(run_dir, step: int) -> dict:
-  return json.loads((pathlib.Path(run_dir) / "checkpoints" / str(step) / "digests" / "metadata").read_text())["leaves"]
+  return json.loads((epath.Path(run_dir) / "checkpoints" / str(step) / "digests" / "metadata").read_text())["leaves"]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Draws runs: `python -m tools.report RUN_DIR [RUN_DIR ...] [--out=DIR] [--watch]`
 
-One run: RUN_DIR/report/index.html and PNGs. Several: their curves over each other, and what differs in their configs. `--watch`
-serves it on this machine and draws it again while the run goes on.
+One run: index.html and PNGs in RUN_DIR/report. Several: their curves over each other, and what differs in their configs.
+`--watch` serves it on this machine and draws it again while the run goes on.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import argparse
 import functools
 import http.server
 import sys
+import tempfile
 import threading
 import time
 
 from etils import epath
 
+from moe import jsonl
 from moe import report
 from moe.errors import UserError
 from tools import terminal
@@ -24,14 +26,12 @@ def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("run_dir", nargs="+")
-  parser.add_argument("--out", metavar="DIR", help="for several runs (default: report-of-runs)")
+  parser.add_argument("--out", metavar="DIR", help="where to (default: RUN_DIR/report, for several report-of-runs)")
   parser.add_argument("--watch", action="store_true", help="serve it on 127.0.0.1 until Control-C")
   parser.add_argument("--port", type=int, default=8321)
   parser.add_argument("--seconds", type=int, default=15, help="with --watch: between two drawings")
   parser.add_argument("--json", action="store_true")
   arguments = parser.parse_args(argv)
-  if arguments.out and len(arguments.run_dir) == 1:
-    raise UserError("--out is for several runs; the report of one lies in its directory")
   if arguments.watch:
     return watch(arguments)
   page = draw(arguments)
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def draw(arguments, refresh_seconds: int = 0) -> epath.Path:
   if len(arguments.run_dir) == 1:
-    return report.write(arguments.run_dir[0], refresh_seconds)
+    return report.write(arguments.run_dir[0], arguments.out, refresh_seconds)
   return report.compare(arguments.run_dir, arguments.out or "report-of-runs", refresh_seconds)
 
 
@@ -53,6 +53,10 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 def watch(arguments) -> int:
   """Serves the page on loopback, and draws it again when there are new records."""
+  if "://" in (arguments.out or (arguments.run_dir[0] if len(arguments.run_dir) == 1 else "")):
+    arguments.out = tempfile.mkdtemp(prefix="moe-report-")  # pages are served from a local folder
+  files = [epath.Path(path) / "metrics.jsonl" for path in arguments.run_dir]
+  seen = [jsonl.sizes(path) for path in files]
   page = draw(arguments, arguments.seconds)
   handler = functools.partial(_Quiet, directory=str(page.parent))
   try:
@@ -61,12 +65,10 @@ def watch(arguments) -> int:
     raise UserError(f"--port={arguments.port}: {error.strerror}; choose another") from error
   threading.Thread(target=server.serve_forever, daemon=True).start()
   print(f"http://127.0.0.1:{server.server_address[1]}/ (Control-C ends it)", flush=True)
-  files = [epath.Path(path) / "metrics.jsonl" for path in arguments.run_dir]
-  seen = None
   while True:
     time.sleep(arguments.seconds)
-    now = [path.stat().length if path.exists() else None for path in files]
-    if now != seen or None in now:
+    now = [jsonl.sizes(path) for path in files]
+    if now != seen:
       try:
         draw(arguments, arguments.seconds)
       except (report.ReportError, ValueError) as error:  # a line being written

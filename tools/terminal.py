@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from moe.errors import UserError
+from moe.errors import UserError, storage_errors
 
 FINE, DIFFERS, UNREADABLE = 0, 1, 2
 
@@ -24,7 +24,7 @@ def run(main: Callable[[], int]) -> None:
   except ImportError as error:  # gs:// without gcsfs
     print(f"error: {error}", file=sys.stderr)
     code = UNREADABLE
-  except OSError as error:
+  except storage_errors() as error:
     if isinstance(error, BrokenPipeError):  # `| head`
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
       sys.exit(FINE)

@@ -23,13 +23,13 @@ _KJV_SHA256 = "cd45f0c9cedab8e4439bd6486c8952c77cc8b0ecc5d1f6ae3513f2039f47229d"
 
 
 def resolve(path: str) -> pathlib.Path:
-  """The directory of a domain's path; builds an embedded corpus the first time it is asked for.
+  """The directory of a domain's path; builds an embedded corpus, or fetches one from an object store, the first time.
 
   Raises:
-    DataError: unknown embedded corpus, or the cache cannot be written.
+    DataError: unknown embedded corpus, the cache cannot be written, or as `records.fetch`.
   """
   if not path.startswith(_PREFIX):
-    return pathlib.Path(path)
+    return records.fetch(path) if "://" in path else pathlib.Path(path)
   name = path.removeprefix(_PREFIX)
   if name not in _CORPORA:
     raise DataError(f"there is no embedded corpus {name!r}; there are {', '.join(_CORPORA)}")

@@ -6,6 +6,8 @@ more `<split>-00000-of-00004.arrayrecord`.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,9 +18,11 @@ import tempfile
 from collections.abc import Iterable, Iterator
 
 from array_record.python import array_record_module
+from etils import epath
 import grain
 
-from moe.errors import UserError
+from moe import hardware
+from moe.errors import UserError, storage_errors
 
 SPLITS = ("train", "validation", "test")
 _FORMAT = 1
@@ -61,18 +65,26 @@ def write_domain(folder: pathlib.Path, documents: dict[str, Iterable[Document]],
   if folder.exists():
     raise DataError(f"{folder} exists already; remove it or choose another --output")
   folder.parent.mkdir(parents=True, exist_ok=True)
-  scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
   try:
-    manifest = {"format": _FORMAT,
-                "splits": {split: _write_split(scratch, split, docs, shards) for split, docs in documents.items()}}
-    (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    scratch.chmod(0o755)
-    os.replace(scratch, folder)
+    with _whole_or_not(folder) as scratch:
+      manifest = {"format": _FORMAT,
+                  "splits": {split: _write_split(scratch, split, docs, shards) for split, docs in documents.items()}}
+      (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
   except (OSError, RuntimeError) as error:
     raise DataError(f"cannot write {folder}: {error}") from error
+  return manifest
+
+
+@contextlib.contextmanager
+def _whole_or_not(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A scratch folder that becomes `folder` at the end."""
+  scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+  try:
+    yield scratch
+    scratch.chmod(0o755)
+    os.replace(scratch, folder)
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
-  return manifest
 
 
 def _write_split(folder: pathlib.Path, split: str, documents: Iterable[Document], shards: int) -> dict:
@@ -98,6 +110,46 @@ def sha256(path: pathlib.Path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fetch(url: str) -> pathlib.Path:
+  """A copy of an object store's domain in the cache folder ($MOE_CACHE), every file compared with its digest; made once.
+
+  ArrayRecord reads files at random places, so they must be local. What does not fit is for a mount (gcsfuse), by its folder.
+
+  Raises:
+    DataError: there is no domain, it does not fit, or it arrives damaged.
+  """
+  try:
+    text = (epath.Path(url) / "manifest.json").read_text()
+  except (*storage_errors(), ImportError) as error:
+    raise DataError(f"{url} is not a data directory: its manifest.json cannot be read: {error}") from error
+  manifest = _parsed(url, text)
+  folder = hardware.cache_folder() / f"data-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+  if folder.exists():
+    return folder
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    files = [entry for split in manifest["splits"].values() for entry in split["files"]]
+    size, free = sum(entry["file_bytes"] for entry in files), shutil.disk_usage(folder.parent).free
+    if size > free:
+      raise DataError(f"{url} has {size / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB free; set MOE_CACHE to a larger "
+                      "disk, or mount the bucket (gcsfuse) and give the mounted folder")
+    with _whole_or_not(folder) as scratch:
+      with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda entry: _fetch_file(f"{url}/{entry['name']}", scratch / entry["name"], entry), files))
+      (scratch / "manifest.json").write_text(text)
+  except (*storage_errors(), ImportError) as error:
+    if not folder.exists():  # else another process was faster
+      raise DataError(f"{url} cannot be fetched: {error}") from error
+  return folder
+
+
+def _fetch_file(url: str, target: pathlib.Path, entry: dict) -> None:
+  with epath.Path(url).open("rb") as source, open(target, "wb") as file:
+    shutil.copyfileobj(source, file, 16 << 20)
+  if sha256(target) != entry["sha256"]:
+    raise DataError(f"{url} does not have the digest its manifest says: it was changed or arrived damaged")
+
+
 def read_manifest(folder: pathlib.Path) -> dict:
   """The manifest of a domain.
 
@@ -106,11 +158,18 @@ def read_manifest(folder: pathlib.Path) -> dict:
   """
   path = folder / "manifest.json"
   try:
-    manifest = json.loads(path.read_text())
+    return _parsed(path, path.read_text())
   except FileNotFoundError as error:
     raise DataError(f"{folder} is not a data directory: {path} is missing; make one with "
                     "python -m tools.build_data") from error
-  except (OSError, ValueError) as error:
+  except (OSError, UnicodeDecodeError) as error:
+    raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _parsed(path, text: str) -> dict:
+  try:
+    manifest = json.loads(text)
+  except ValueError as error:
     raise DataError(f"{path} cannot be read: {error}") from error
   if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
     found = manifest.get("format") if isinstance(manifest, dict) else manifest

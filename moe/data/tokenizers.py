@@ -6,6 +6,7 @@ import pathlib
 from typing import Protocol
 from collections.abc import Iterable
 
+from etils import epath
 import numpy as np
 import tokenizers as hf_tokenizers
 
@@ -48,7 +49,7 @@ class BpeTokenizer:
 
   def __init__(self, path: str):
     try:
-      self._tokenizer = hf_tokenizers.Tokenizer.from_file(path)
+      self._tokenizer = hf_tokenizers.Tokenizer.from_str(epath.Path(path).read_text())
     except Exception as error:  # the library raises bare Exception
       raise DataError(f"tokenizer {path} cannot be read: {error}; give 'byte' or the path of a tokenizer.json") from error
     self.vocab_size = self._tokenizer.get_vocab_size()

@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import signal
+import sys
 import socket
 import time
 from collections.abc import Callable
@@ -142,9 +143,10 @@ class Snapshots:
       pathlib.Path("/proc/self/oom_score_adj").write_text("800")
 
   def watch(self, run_dir) -> None:
-    """Keeps the stacks of all threads in the run directory when the supervisor asks for them (SIGUSR1)."""
-    if self.active and "://" not in str(run_dir):
-      self._stacks = open(pathlib.Path(run_dir) / f"stacks-{self._settings['host']}.txt", "a")
+    """Keeps the stacks of all threads when the supervisor asks (SIGUSR1): in the run directory, or the log."""
+    if self.active:
+      local = "://" not in str(run_dir)
+      self._stacks = open(pathlib.Path(run_dir) / f"stacks-{self._settings['host']}.txt", "a") if local else sys.stderr
       faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
 
   def beat(self, phase: str, step: int) -> None:

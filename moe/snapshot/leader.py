@@ -11,12 +11,14 @@ import collections
 import json
 import queue
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 from etils import epath
 
+from moe.errors import storage_errors
 from moe.snapshot import parity
 from moe.snapshot.wire import Link, WireError
 
@@ -94,7 +96,8 @@ class Leader:
       say: prints a line.
     """
     self.settings, self._record, self._say = settings, record, say
-    self._status, self._checkpoints = epath.Path(run_dir) / "snapshots.json", epath.Path(run_dir) / "checkpoints"
+    self._status = _Status(epath.Path(run_dir) / "snapshots.json", say)
+    self._checkpoints = epath.Path(run_dir) / "checkpoints"
     self._grouped = groups(settings.hosts, settings.group_hosts, settings.parity_hosts)
     self._parity = settings.parity_hosts if settings.hosts > 1 else 0
     self._inbox: queue.Queue[tuple[int, dict]] = queue.Queue()
@@ -306,9 +309,52 @@ class Leader:
              "parity_hosts": self._parity, "hosts": self.settings.hosts, "socket": self.settings.socket,
              "groups": [{"hosts": g, "holding": [h for h in g if self._holding.get(h) == self.committed >= 0]}
                         for g in self._grouped]}
+    self._status.put(json.dumps(state) + "\n")
+
+  def close(self) -> None:
+    self._status.close()
+
+
+class _Status:
+  """The newest text in a file or object; an object from a thread, for a store takes its time, and one write of it a second."""
+
+  def __init__(self, path: epath.Path, say: Callable[[str], None]):
+    self._path, self._say, self._newest = path, say, None
+    self._local = "://" not in str(path)
+    if not self._local:
+      self._wake, self._closed = threading.Event(), threading.Event()
+      self._thread = threading.Thread(target=self._send, daemon=True, name="status")
+      self._thread.start()
+
+  def put(self, text: str) -> None:
+    self._newest = text
+    if self._local:
+      self._write()
+    else:
+      self._wake.set()
+
+  def close(self) -> None:
+    if not self._local:
+      self._closed.set()
+      self._wake.set()
+      self._thread.join(30)
+
+  def _send(self) -> None:
+    while not self._closed.is_set():
+      self._wake.wait()
+      self._wake.clear()
+      self._write()
+      self._closed.wait(1.0)
+    self._write()
+
+  def _write(self) -> None:
+    text, self._newest = self._newest, None
+    if text is None:
+      return
     try:
-      temporary = self._status.parent / "snapshots.tmp"
-      temporary.write_text(json.dumps(state) + "\n")
-      temporary.replace(self._status)
-    except OSError as error:
+      written = self._path.parent / "snapshots.tmp" if self._local else self._path  # an object appears whole or not at all
+      written.write_text(text)
+      if self._local:
+        written.replace(self._path)
+    except storage_errors() as error:
       self._say(f"ALARM the status could not be written: {error}")

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -25,6 +26,7 @@ from moe import command_line
 from moe import config
 from moe import gin_config
 from moe import jsonl
+from moe.errors import storage_errors
 from moe.snapshot import leader as leader_lib
 from moe.snapshot import wire
 from moe.snapshot.wire import Link, WireError
@@ -116,6 +118,7 @@ class Supervisor:
     self._folder = wire.socket_folder()
     self._generation, self._trainer, self._keeper_address, self._terminated = 0, None, None, False
     self._leader_address = (address, int(port))
+    self._closing: list[Callable[[], None]] = []
     if self.host == 0:
       self._start_leader(address, int(port), run.snapshot)
 
@@ -127,11 +130,11 @@ class Supervisor:
     def record(name: str, **fields) -> None:
       try:
         writer.write({"event": name, "time": round(time.time(), 3), "source": "leader", **fields})
-        writer.flush()
       except OSError as error:
         self._say(f"ALARM events could not be written: {error}")
 
     leader = leader_lib.Leader(settings, self.run_dir, record, self._say)
+    self._closing += [leader.close, writer.close]
     listener = wire.Listener(address, port, self._token, leader.serve, tls=self._tls[0], log=self._say)
     self._leader_address = listener.address
 
@@ -239,7 +242,8 @@ class Supervisor:
         if self._trainer and self._trainer.stuck() and not self._trainer.why:
           trainer = self._trainer
           self._say(f"the trainer is stuck: nothing since step {trainer.step} ({trainer.phase}) for "
-                    f"{trainer.allowed_seconds():.1f} s; stacks in {self.run_dir}/stacks-{self.host}.txt")
+                    f"{trainer.allowed_seconds():.1f} s; its stacks are in "
+                    + (f"{self.run_dir}/stacks-{self.host}.txt" if "://" not in str(self.run_dir) else "this log"))
           trainer.kill("stuck")
     finally:
       self._stop_trainer()
@@ -248,6 +252,11 @@ class Supervisor:
         with contextlib.suppress(subprocess.TimeoutExpired):
           self._keeper.wait(5)
         self._keeper.kill()
+      for close in self._closing:
+        try:
+          close()
+        except storage_errors() as error:
+          self._say(f"ALARM {error}")
       with contextlib.suppress(OSError):
         for path in pathlib.Path(self._folder).iterdir():
           path.unlink()
@@ -345,7 +354,7 @@ def main(argv: list[str] | None = None, trainer: tuple[str, ...] = ("-m", "moe.t
     if arguments.print_config or arguments.dry_run:
       return subprocess.run(command + ([f"--run_dir={arguments.run_dir}"] if arguments.run_dir else [])).returncode
     return Supervisor(arguments, run, command).run()
-  except (config.ConfigError, WireError, ValueError, OSError) as error:
+  except (config.ConfigError, WireError, ValueError, ImportError, *storage_errors()) as error:
     if arguments.traceback:
       raise
     print(f"config error: {error}", file=sys.stderr)

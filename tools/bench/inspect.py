@@ -46,7 +46,7 @@ class Random:
 
   def __init__(self, model: config.Model):
     sizes, found = hugging_face.axis_sizes(model), {}
-    for place in hugging_face._places(model, hugging_face.FAMILIES["olmoe"]):
+    for place in hugging_face.places(model, hugging_face.FAMILIES["olmoe"]):
       lead = (len(place.layers),) if place.layers is not None else ()
       found[place.leaf] = lead + tuple(sizes[axis] for axis in place.part.shape.split())
     found |= {f"opt_state.1.{moment}.{name.removeprefix('params.')}": shape for name, shape in dict(found).items()

@@ -35,8 +35,9 @@ def _parts(path) -> list[epath.Path]:
 class Writer:
   """Appends records; several processes may append to one file.
 
-  On an object store a thread writes a part some seconds after the first record that waits: training does not wait for the
-  network, and what a failed write was to carry goes with the next.
+  On an object store a thread writes a part some seconds after the first record that waits, or when `flush` says so: training
+  does not wait for the network, and what a failed write was to carry goes with the next. A process that is killed takes what
+  waits with it.
   """
 
   def __init__(self, path: epath.Path, seconds: float = 20.0):
@@ -48,7 +49,8 @@ class Writer:
       if path.exists() and not ("\n" + path.read_text()).endswith("\n"):
         self._pending.append("")  # a kill cut the last line; end it
       return
-    self._lock, self._wake, self._closed, self._failure = threading.Lock(), threading.Event(), threading.Event(), None
+    self._changed = threading.Condition()  # guards the fields below and _pending
+    self._urgent, self._closed, self._failure = False, False, None
     self._thread = threading.Thread(target=self._send, daemon=True, name="records")
     self._thread.start()
 
@@ -60,31 +62,38 @@ class Writer:
       with self._path.open("a") as file:
         file.write(text)
       return
-    with self._lock:
+    with self._changed:
       self._pending.append(json.dumps(record))
       failure, self._failure = self._failure, None
-    self._wake.set()
+      self._changed.notify()
     if failure:
       raise OSError(failure)
+
+  def flush(self) -> None:
+    """What waits is written now, by the thread."""
+    if not self._local:
+      with self._changed:
+        self._urgent = True
+        self._changed.notify()
 
   def close(self, seconds: float = 60.0) -> None:
     """Waits until all is written. Raises OSError: it could not be."""
     if self._local:
       return
-    self._closed.set()
-    self._wake.set()
+    with self._changed:
+      self._closed = True
+      self._changed.notify()
     self._thread.join(seconds)
-    if self._pending or self._failure:
+    if self._pending:
       raise OSError(f"{len(self._pending)} records are lost: {self._failure or 'the store does not answer'}")
 
   def _send(self) -> None:
-    while not (self._closed.is_set() and not self._pending):
-      self._wake.wait()
-      self._closed.wait(self._seconds)
-      self._wake.clear()
-      last = self._closed.is_set()
-      with self._lock:
-        lines = list(self._pending)
+    last = False
+    while not last:
+      with self._changed:
+        self._changed.wait_for(lambda: self._pending or self._closed)
+        self._changed.wait_for(lambda: self._urgent or self._closed, self._seconds)
+        last, lines, self._urgent = self._closed, list(self._pending), False
       if not lines:
         continue
       try:
@@ -92,10 +101,7 @@ class Writer:
         part.write_text("\n".join(lines) + "\n")
       except Exception as error:  # of whatever client the store has
         self._failure = f"{type(error).__name__}: {error}"
-        if last:
-          return
-        self._wake.set()
-        continue
-      with self._lock:
-        del self._pending[: len(lines)]
-        self._failure = None
+      else:
+        with self._changed:
+          del self._pending[: len(lines)]
+          self._failure = None

@@ -57,6 +57,12 @@ class Recorder:
       with self._guarded():
         self._events.write({"event": name, "time": round(time.time(), 3), **fields})
 
+  def flush(self) -> None:
+    """Before a checkpoint, whose step is where a killed run goes on: the records up to it should be there too."""
+    if self._active:
+      self._metrics.flush()
+      self._events.flush()
+
   def alarm(self, message: str, **fields: Any) -> None:
     """An event a person should see."""
     self.terminal.alarm(message)
@@ -103,6 +109,12 @@ class Terminal:
     if self._active:
       self._console.print(rich_text.Text(line))
       sys.stdout.flush()
+
+  def flush(self) -> None:
+    """Before a checkpoint, whose step is where a killed run goes on: the records up to it should be there too."""
+    if self._active:
+      self._metrics.flush()
+      self._events.flush()
 
   def alarm(self, message: str) -> None:
     if self._active:

@@ -132,6 +132,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
 
     def save(step: int) -> None:
       snapshots.beat("save", step)
+      recorder.flush()
       with clock.measure("save"):
         data = pipeline.merge_states(_gather(loader.state()))
         problems = saver.save(step, state, data, run, resolved.operative)

@@ -1,6 +1,6 @@
 """Every command in README and docs/: the module is there, its flags are its flags, and the files and fields it names exist.
 
-What the commands do is the other tests' matter; nothing is trained, compiled or launched here.
+Nothing is run here; that is docs_run_test.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def commands() -> list[tuple[str, str]]:
   found = []
   for page in PAGES:
     text = page.read_text().replace("\\\n", " ")
-    fenced = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.S | re.M))
+    fenced = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M))
     lines = [line.strip() for line in fenced.splitlines()]
     lines += re.findall(r"`((?:python -m|bash tools/)[^`]*)`", text.replace("\n", " "))
     found += [(page.name, re.sub(r"\s+#.*", "", line)) for line in lines

@@ -1,15 +1,17 @@
-"""The small tools: config, doctor, and the look they share."""
+"""The small tools: config, doctor, completion, and the look they share."""
 
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
 from moe import config as config_lib
 from moe.errors import UserError
+from tools import completion
 from tools import config
 from tools import doctor
 from tools import terminal
@@ -96,3 +98,31 @@ def test_a_mistake_is_one_line_and_a_closed_pipe_is_none():
   done = subprocess.run(f"{sys.executable} -m tools.config list | head -1", shell=True, capture_output=True, text=True,
                         cwd=ROOT)
   assert done.stderr == ""
+
+
+# ------------------------------------------------------------------------------------------------------------ completion
+
+
+def test_bash_completes(tmp_path):
+  pytest.importorskip("shtab")
+  assert completion.main(["bash", f"--out={tmp_path}"]) == 0
+  script = r'''
+    complete_line() {
+      source "$FOLDER/$1"
+      COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()
+      function=$(complete -p "$1" | sed 's/.*-F \([^ ]*\) .*/\1/')
+      "$function" "$1" "${COMP_WORDS[$COMP_CWORD]}" "${COMP_WORDS[$((COMP_CWORD - 1))]}"
+      echo "${COMPREPLY[@]}"
+    }
+    complete_line moe-config ex
+    complete_line moe-train --gin.Router.top_k
+    complete_line moe-train --resume ""
+    complete_line moe-inspect-checkpoint ls --fil
+  '''
+  done = subprocess.run(["bash", "-c", script], env={**os.environ, "FOLDER": str(tmp_path)}, capture_output=True, text=True)
+  assert done.stdout.splitlines() == ["explain", "--gin.Router.top_k", "auto never must", "--filter"], done.stderr
+
+
+def test_every_installed_command_is_completed():
+  scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+  assert {f"moe-{name}" for name in completion.COMMANDS} == set(scripts)

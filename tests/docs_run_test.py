@@ -22,7 +22,7 @@ ROOT = docs_test.ROOT
 # pattern of a command -> what replaces it, and why; the first that fits. None: not run here.
 STAND_INS = [
     (r"bash tools/dev\.sh", None, "makes environments: README's two commands and the legs are CI's"),
-    (r"python -m pytest", None, "run where its diff is applied (test_a_worked_example)"),
+    (r"python -m pytest|softplus|masked", None, "run where its diff is applied (test_a_worked_example)"),
     (r"tools\.(compile_check|overlap|soak|bench\.\w+|experiments\.\w+)", "help", "minutes to hours, a compiler or a device"),
     (r"tools\.lm_harness (?!.*--write_tasks)", "help", "needs lm-eval: lm_harness_test, in the parity leg"),
     (r"tools\.launch_tpu_vm", "--dry_run", "a cloud: launch_test runs whole jobs with a stand-in for gcloud"),

@@ -265,7 +265,7 @@ def test_a_supervised_job_of_two_hosts(root, tmp_path, store):
     assert job.kill(1, "host")
     job.start(1)
     job.finish()
-    assert job.events("recovery")[-1]["tier"] == "coded"
+    assert job.events("recovery")[-1]["tier"] == "decoded"
   assert local_job.losses(root).items() <= local_job.losses(control.run_dir).items()  # a kill takes what was not written yet
   assert local_job.final_digests(root, 30) == local_job.final_digests(control.run_dir, 30)
 

@@ -333,3 +333,12 @@ def test_transformers_reads_the_byte_tokenizer(tmp_path):
   loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
   assert loaded("In the beginning é", add_special_tokens=False)["input_ids"] == [b + 3 for b in "In the beginning é".encode()]
   assert loaded.eos_token_id == 1
+
+
+@pytest.mark.parity
+@pytest.mark.slow
+@needs_transformers
+def test_rounding_is_no_difference_of_the_model(tmp_path, capsys):
+  """The arrays are compared rounded, the logits unrounded on both sides."""
+  assert import_hf.main([str(GOLDEN / "olmoe"), f"--out={tmp_path}/run", "--dtype=bfloat16", "--check"]) == 0
+  assert "equal to the bit" in capsys.readouterr().out

@@ -60,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
   from tools import hf_logits
 
   written = stored.find(out).source
-  return hf_logits.check(arrays, written, arguments.hf_dir, written, model)
+  unrounded = hugging_face.AsOurs(found.source, model, family) if arguments.dtype else written  # theirs are not rounded either
+  return hf_logits.check(arrays, written, arguments.hf_dir, unrounded, model)
 
 
 def _run(model: config.Model, tokenizer: str, positions: int | None) -> config.Run:

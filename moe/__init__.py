@@ -15,3 +15,8 @@ Axis legend, used in shapes and in the suffixes of array names throughout:
     V  vocabulary
     M  micro-batches of one optimizer step
 """
+
+import os
+
+# A listing of a bucket is not kept: another process, or host, may have written since.
+os.environ.setdefault("FSSPEC_GCS", '{"use_listings_cache": false}')

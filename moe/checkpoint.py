@@ -10,7 +10,6 @@ when another process has read it back and found every digest (`moe/stored.py`).
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import hashlib
@@ -129,11 +128,12 @@ class Checkpointer:
     """Those that every host sees: a listing may fail for a moment on one of them, and all must choose the same."""
     return _on_all_hosts(sorted(self._manager.all_steps(read=True)))
 
-  def _forget_failed(self) -> list[str]:
+  def _forget_failed(self, sweep: bool) -> list[str]:
     """After a failed save: what is there is listed anew, and what the save left is removed; says what of that fails."""
     try:
       self._manager.reload()
-      self._sweep()
+      if sweep:
+        self._sweep()
       return []
     except Exception as error:  # the store is still away
       return [f"the checkpoints could not be listed: {_one_line(error)}"]
@@ -153,10 +153,9 @@ class Checkpointer:
       return []
     step, said, code = self._unread, self._reader.communicate()[0].strip(), self._reader.returncode
     self._reader = self._unread = None
-    with contextlib.suppress(*storage_errors()):
-      mark = f"{'bad' if code else 'good'}.{jax.process_index()}-of-{jax.process_count()}"
-      (self._folder / str(step) / mark).write_text(f"{said}\n")
-    return [] if code == 0 else [f"checkpoint {step} does not read back as it was saved: {said}"]
+    if code in (1, 2):
+      return [f"checkpoint {step} does not read back as it was saved: {said}"]
+    return [f"checkpoint {step} could not be read back, and is not known to be good: {said}"] if code else []
 
   def save(self, step: int, state: Any, data: dict, run: config.Run, operative: str) -> list[str]:
     """Starts a save in the background.
@@ -181,7 +180,7 @@ class Checkpointer:
       else:
         self._unread = step
     except Exception as error:  # Orbax raises many types here; none may end the run
-      problems += [f"checkpoint {step} could not be saved: {_one_line(error)}", *self._forget_failed()]
+      problems += [f"checkpoint {step} could not be saved: {_one_line(error)}", *self._forget_failed(sweep=False)]
     return problems
 
   def wait(self) -> list[str]:
@@ -196,7 +195,7 @@ class Checkpointer:
         problems.append(f"a checkpoint could not be saved: {_one_line(error)}")
     if problems:
       self._unread = None
-      problems[1:] = self._forget_failed()
+      problems[1:] = self._forget_failed(sweep=True)
     return problems
 
   def restore(self, abstract_state: Any, run: config.Run) -> Restored | None:
@@ -335,7 +334,7 @@ def _on_all_hosts(steps: list[int]) -> list[int]:
 def _read_sides(folder: epath.Path) -> dict:
   try:
     side = {key: json.loads((folder / key / "metadata").read_text()) for key in ("data", "config", "digests")}
-  except (*storage_errors(), ValueError) as error:
+  except Exception as error:  # whatever it is, the other hosts must hear of it
     raise _Damaged(_one_line(error)) from error
   for key in ("data", "config"):
     if side["digests"].get("sides", {}).get(key) != _seal(side[key]):

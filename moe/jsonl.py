@@ -22,14 +22,15 @@ def read(path) -> Iterator[dict[str, Any]]:
           yield json.loads(line)
 
 
-def sizes(path) -> list[int]:
-  """Bytes of the file or of each part; they change when records are written."""
-  return [part.stat().length for part in _parts(path)]
+def version(path) -> list:
+  """Changes when records are written."""
+  path = epath.Path(path)
+  return [path.stat().length] if path.exists() else _parts(path)
 
 
 def _parts(path) -> list[epath.Path]:
   path = epath.Path(path)
-  return ([path] if path.exists() else []) + sorted(path.parent.glob(f"{path.stem}-*.jsonl"))
+  return ([path] if path.exists() else []) + sorted(path.parent.glob(f"{path.stem}-{'[0-9]' * 20}.jsonl"))
 
 
 class Writer:
@@ -73,7 +74,7 @@ class Writer:
     """What waits is written now, by the thread."""
     if not self._local:
       with self._changed:
-        self._urgent = True
+        self._urgent = bool(self._pending)
         self._changed.notify()
 
   def close(self, seconds: float = 60.0) -> None:
@@ -88,20 +89,22 @@ class Writer:
       raise OSError(f"{len(self._pending)} records are lost: {self._failure or 'the store does not answer'}")
 
   def _send(self) -> None:
-    last = False
+    last, lines, part = False, [], None
     while not last:
       with self._changed:
         self._changed.wait_for(lambda: self._pending or self._closed)
         self._changed.wait_for(lambda: self._urgent or self._closed, self._seconds)
-        last, lines, self._urgent = self._closed, list(self._pending), False
+        last, self._urgent = self._closed, False
+        if part is None or last:  # else the same again under the same name: the failed write may have come through
+          lines = list(self._pending)
       if not lines:
         continue
       try:
-        part = self._path.parent / f"{self._path.stem}-{time.time_ns():020}.jsonl"
+        part = part or self._path.parent / f"{self._path.stem}-{time.time_ns():020}.jsonl"
         part.write_text("\n".join(lines) + "\n")
       except Exception as error:  # of whatever client the store has
         self._failure = f"{type(error).__name__}: {error}"
       else:
         with self._changed:
           del self._pending[: len(lines)]
-          self._failure = None
+          self._failure = part = None

@@ -69,7 +69,9 @@ class Recorder:
     self.event("alarm", message=message, **fields)
 
   def close(self) -> None:
+    """Once; again it does nothing."""
     if self._active:
+      self._active = False
       for writer in (self._metrics, self._events, self._board):
         with self._guarded():
           if writer:
@@ -109,12 +111,6 @@ class Terminal:
     if self._active:
       self._console.print(rich_text.Text(line))
       sys.stdout.flush()
-
-  def flush(self) -> None:
-    """Before a checkpoint, whose step is where a killed run goes on: the records up to it should be there too."""
-    if self._active:
-      self._metrics.flush()
-      self._events.flush()
 
   def alarm(self, message: str) -> None:
     if self._active:

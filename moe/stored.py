@@ -4,7 +4,7 @@ A `Source` is the arrays of one place: an Orbax item (`<step>/state`), a directo
 live run (`snapshot/reader.py`). `find` takes a path at any level.
 
 `python -m moe.stored RUN/checkpoints/STEP [PART PARTS]` compares every leaf with its digest. The trainer starts it after each
-save; only a checkpoint that reads back is good.
+save, a part on every host; only a checkpoint that reads back is good.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import json
@@ -26,7 +27,7 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from moe.errors import UserError
+from moe.errors import UserError, storage_errors
 
 COMMITTED = "commit_success.txt"  # Orbax's mark of a whole checkpoint on an object store
 FORMAT = 1  # of our checkpoints; a higher one is refused
@@ -81,7 +82,7 @@ class Orbax:
 
   def __init__(self, folder):
     self._folder = absolute(folder)
-    self._context = ts.Context({"cache_pool": {"total_bytes_limit": 32 << 20}})  # directories of OCDBT, not arrays
+    self._context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 32 << 20}})  # its directories, not the arrays
 
   @functools.cached_property
   def leaves(self) -> dict[str, Leaf]:
@@ -100,7 +101,7 @@ class Orbax:
     path = str(self._folder) + "/"
     base = path if "://" in path else {"driver": "file", "path": path}
     if (self._folder / "manifest.ocdbt").exists():
-      return {"driver": "ocdbt", "base": base}
+      return {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#ocdbt"}
     return ts.KvStore.Spec(base).to_json()
 
   def _names(self) -> list[str]:
@@ -131,7 +132,9 @@ def _result(name: str, future) -> Any:
   try:
     return future.result()
   except ValueError as error:
-    raise Unreadable(f"{name}: {str(error).splitlines()[0][:300]}") from error
+    said = str(error).splitlines()[0][:300]
+    away = any(word in said for word in ("UNAVAILABLE", "DEADLINE_EXCEEDED"))  # of the store; says nothing of the files
+    raise OSError(f"{name}: {said}") if away else Unreadable(f"{name}: {said}") from error
 
 
 def _sharding_text(told: dict) -> str:
@@ -394,7 +397,7 @@ def expected_digests(folder) -> dict[str, str]:
   """Leaf name -> digest, saved with a checkpoint of ours. Raises Unreadable."""
   try:
     return json.loads((epath.Path(folder) / "digests" / "metadata").read_text())["leaves"]
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
     raise Unreadable(f"digests of {folder}: {error}") from error
 
 
@@ -406,14 +409,20 @@ def wrong(folder, part: int = 0, parts: int = 1) -> list[str]:
 
 
 def main() -> int:
-  folder, part, parts = sys.argv[1], *(int(a) for a in sys.argv[2:4] or (0, 1))
+  """`FOLDER [PART PARTS]`: 0 good, 1 wrong, 2 damaged, 3 the store does not answer; with PART leaves good.* or bad.* there."""
+  folder, (part, parts) = sys.argv[1], [int(a) for a in sys.argv[2:4]] or (0, 1)
   try:
     bad = wrong(folder, part, parts)
+    said, code = (", ".join(bad[:3]), 1) if bad else ("good", 0)
   except Unreadable as error:
-    print(error)
-    return 2
-  print(", ".join(bad[:3]) if bad else "good")
-  return 1 if bad else 0
+    said, code = str(error), 2
+  except Exception as error:
+    said, code = f"{type(error).__name__}: {error}", 3
+  print(said)
+  if len(sys.argv) > 2 and code < 3:
+    with contextlib.suppress(*storage_errors()):  # an unmarked one is as one that was not read back
+      (epath.Path(folder) / f"{'bad' if code else 'good'}.{part}-of-{parts}").write_text(said + "\n")
+  return code
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 # ruff: noqa: E402
 import argparse
+import contextlib
 import json
 import logging
 import math
@@ -101,7 +102,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
 
   peak, peak_source = hardware.peak_flops(list(mesh.devices.flat))  # before set_mesh: it uses the devices one by one
 
-  with jax.set_mesh(mesh), saver:
+  with jax.set_mesh(mesh), contextlib.closing(recorder), saver:
     # -------------------------------------------------------------------------------------------------- state, restored
     abstract = step_lib.abstract_state(run, mesh)
     for line in snapshots.attach(abstract, run):
@@ -205,7 +206,6 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
             recorder.event("replayed", step=done, same=same)
           if bad_steps >= _MAX_BAD_STEPS or same:
             recorder.event("failed", step=at)
-            recorder.close()
             (run_dir / "FAILED").write_text(f"loss not finite up to step {at}\n")
             raise NumericsError(
                 f"the loss was not finite for {_MAX_BAD_STEPS} steps up to step {at}; "
@@ -237,7 +237,6 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
         for problem in saver.wait():
           recorder.alarm(problem)
         recorder.event("preempted", step=done)
-        recorder.close()
         if first_host:
           (run_dir / "PREEMPTED").write_text(f"{done}\n")
         raise Preempted(f"SIGTERM: saved at step {done} in {run_dir}; the same command resumes")
@@ -261,7 +260,6 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
     _say_comparison(recorder.terminal, run, results)
     if jax.process_count() == 1 and not run.model.lookahead:  # else the parameters are spread over hosts: tools.sample
       _say_sample(recorder.terminal, run, state.params, tokenizer)
-    recorder.close()
     from moe import report  # matplotlib: not while a recovery waits
 
     recorder.terminal.say(f"\nreport: {report.write(run_dir)}")

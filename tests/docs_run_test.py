@@ -81,7 +81,7 @@ def place(tmp_path_factory):
 
 def environment() -> dict[str, str]:
   """A user's, without what this pytest keeps in it."""
-  return {name: value for name, value in train_test.environment().items() if not name.startswith("PYTEST")}
+  return {name: value for name, value in train_test.environment().items() if not name.startswith(("PYTEST", "MOE_TURN"))}
 
 
 def run(words, folder) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def test_records_become_parts(root):
   parts = list(root.glob("metrics-*.jsonl"))
   assert 4 <= len(parts) < 20 and not (root / "metrics.jsonl").exists()
   assert sorted(record["step"] for record in jsonl.read(root / "metrics.jsonl")) == list(range(30))
-  assert sum(jsonl.sizes(root / "metrics.jsonl")) == sum(len(part.read_text()) for part in parts)
+  assert len(jsonl.version(root / "metrics.jsonl")) == len(parts)
 
 
 def test_a_lost_store_loses_no_record_and_holds_nobody(root, monkeypatch):
@@ -82,7 +83,7 @@ def test_a_lost_store_loses_no_record_and_holds_nobody(root, monkeypatch):
 
   def write_text(self, text):
     if away.is_set():
-      time.sleep(0.05)
+      time.sleep(1.0)
       raise ConnectionError("no route to the store")
     return real(self, text)
 
@@ -94,8 +95,8 @@ def test_a_lost_store_loses_no_record_and_holds_nobody(root, monkeypatch):
       writer.write({"step": i})
     except OSError as error:
       alarms.append(str(error))
-    assert time.monotonic() - begin < 0.04  # no write to the store is waited for
-    time.sleep(0.03)
+    assert time.monotonic() - begin < 0.5  # no write to the store is waited for
+    time.sleep(0.1)
   assert alarms and set(alarms) == {"ConnectionError: no route to the store"}
   away.clear()
   writer.close()
@@ -117,8 +118,32 @@ def test_data_is_fetched_once(root, tmp_path, monkeypatch):
   expected = list(records.read_documents(tmp_path / "tiny", "train"))
   assert list(records.read_documents(folder, "train")) == expected and folder.is_relative_to(tmp_path / "cache")
   (domain / "train-00000-of-00001.arrayrecord").unlink()
+  records.fetch.cache_clear()  # as another process
   assert embedded.resolve(str(domain)) == folder
-  assert [path.name for path in (tmp_path / "cache").glob("*data*")] == [folder.name]
+
+  def away(*_):
+    raise ConnectionError("no route to the store")
+
+  monkeypatch.setattr(type(domain), "read_text", away)
+  assert embedded.resolve(str(domain)) == folder
+  records.fetch.cache_clear()
+  assert embedded.resolve(str(domain)) == folder
+  shutil.rmtree(folder)
+  records.fetch.cache_clear()
+  with pytest.raises(records.DataError, match="no route"):
+    embedded.resolve(str(domain))
+
+
+def test_a_copy_that_was_begun_is_gone_on_with(root, tmp_path, monkeypatch):
+  monkeypatch.setenv("MOE_CACHE", str(tmp_path / "cache"))
+  domain, name = copy_there(small.write_corpus(tmp_path / "tiny"), root), "test-00000-of-00001.arrayrecord"
+  data = (domain / name).read_bytes()
+  (domain / name).unlink()
+  with pytest.raises(records.DataError, match="cannot be fetched"):
+    embedded.resolve(str(domain))
+  (domain / name).write_bytes(data)
+  (domain / "train-00000-of-00001.arrayrecord").unlink()  # it is here already
+  assert len(list(records.read_documents(embedded.resolve(str(domain)), "train"))) == 40
 
 
 def test_data_that_cannot_be_fetched_is_one_line(root, tmp_path, monkeypatch):
@@ -137,7 +162,7 @@ def test_data_that_cannot_be_fetched_is_one_line(root, tmp_path, monkeypatch):
   monkeypatch.setattr(records.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=5))
   with pytest.raises(records.DataError, match="0.0 GB free; set MOE_CACHE to a larger disk, or mount the bucket"):
     embedded.resolve(str(domain))
-  assert not list((tmp_path / "cache").glob("*data*"))
+  assert not list((tmp_path / "cache").glob("data-*"))
 
 
 # ----------------------------------------------------------------------------------------------------------- checkpoints
@@ -151,20 +176,28 @@ def run_dir():
   return epath.Path(f"{ROOT}/made")
 
 
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("here")
+  for step in (3, 7):
+    checkpoint.write(folder / "checkpoints" / str(step), Arrays(inspect_test.values()), inspect_test.RUN)
+  return folder
+
+
 @pytest.mark.parametrize("argv", [
     ["ls"], ["summary"], ["tree"], ["stats"], ["experts"], ["cat", "params.layers.experts.moe.gate[0,1,:2]"], ["config"],
     ["verify"]])
-def test_every_verb_reads_from_the_store(run_dir, capsys, argv):
-  """What it says of the store is what it says of the same files here."""
+def test_every_verb_reads_from_the_store(run_dir, here, capsys, argv):
+  """What it says of the store is what it says of the same arrays here."""
   verb, *rest = argv
   said = []
-  for path in (run_dir, run_dir / "checkpoints" / "7"):
+  for path in (run_dir, here):
     assert inspect_checkpoint.main([verb, str(path), *rest, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    said.append({**told, "steps": None} if verb == "ls" else told)  # `ls` of a run also lists its steps
+    said.append(capsys.readouterr().out.replace(str(path), "RUN"))
   assert said[0] == said[1]
 
 
+@pytest.mark.slow
 def test_convert_from_and_to_the_store(run_dir, root, capsys):
   for out, *flags in (["a", "--format=safetensors"], ["b", "--params_only"]):
     assert inspect_checkpoint.main(["convert", str(run_dir), f"--out={root / out}", *flags]) == 0
@@ -266,15 +299,16 @@ def test_a_supervised_job_of_two_hosts(root, tmp_path, store):
     job.start(1)
     job.finish()
     assert job.events("recovery")[-1]["tier"] == "decoded"
-  assert local_job.losses(root).items() <= local_job.losses(control.run_dir).items()  # a kill takes what was not written yet
+  found, expected = local_job.losses(root), local_job.losses(control.run_dir)
+  assert found.items() <= expected.items() and max(found) == 29  # a kill takes what was not written yet
   assert local_job.final_digests(root, 30) == local_job.final_digests(control.run_dir, 30)
 
 
 @pytest.mark.slow
 def test_a_store_that_is_away_for_a_while_stops_nothing(root, tmp_path, outage):
   """A checkpoint fails, with an alarm; the next one is saved, and no record is missing."""
-  corpus = small.write_corpus(tmp_path / "tiny", held_out=3)
-  with training(root, corpus, tmp_path) as process:
+  corpus = copy_there(small.write_corpus(tmp_path / "tiny", held_out=3), root / "data")
+  with training(root, corpus, tmp_path, **{"Train.eval_every_steps": 5}) as process:
     first = root / "checkpoints" / "4" / stored.COMMITTED
     while not first.exists():
       assert process.poll() is None, process.communicate()

@@ -78,6 +78,7 @@ def test_mistakes_are_one_line(tmp_path):
     tool.main([str(tmp_path / "none")])
 
 
+@pytest.mark.slow
 def test_watch_serves_what_is_new(tmp_path):
   run = made(tmp_path / "a", steps=60)
   with socket.socket() as probe:

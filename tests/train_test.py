@@ -265,6 +265,7 @@ def test_truncated_data_is_one_line(corpus, tmp_path):
   refused(3, "data error", "truncated", arguments=command(folder, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_another_model_on_resume_is_one_line(corpus, straight, tmp_path):
   folder = tmp_path / "run"
   shutil.copytree(straight[0], folder)
@@ -287,6 +288,7 @@ def test_print_config_dry_run_and_help(corpus, tmp_path):
   assert "--gin.Router.top_k" in finish([sys.executable, "-m", "moe.train", "--help"]).stdout
 
 
+@pytest.mark.slow
 def test_full_disk_does_not_end_the_run(corpus, tmp_path):
   """Checkpoints on a file system of 4 MB that fills up in the middle: the alarm is on the terminal and in the events."""
   disk = tmp_path / "run" / "checkpoints"

@@ -18,7 +18,7 @@ from etils import epath
 
 from moe import jsonl
 from moe import report
-from moe.errors import UserError
+from moe.errors import UserError, storage_errors
 from tools import terminal
 
 
@@ -56,7 +56,7 @@ def watch(arguments) -> int:
   if "://" in (arguments.out or (arguments.run_dir[0] if len(arguments.run_dir) == 1 else "")):
     arguments.out = tempfile.mkdtemp(prefix="moe-report-")  # pages are served from a local folder
   files = [epath.Path(path) / "metrics.jsonl" for path in arguments.run_dir]
-  seen = [jsonl.sizes(path) for path in files]
+  seen = [jsonl.version(path) for path in files]
   page = draw(arguments, arguments.seconds)
   handler = functools.partial(_Quiet, directory=str(page.parent))
   try:
@@ -67,13 +67,13 @@ def watch(arguments) -> int:
   print(f"http://127.0.0.1:{server.server_address[1]}/ (Control-C ends it)", flush=True)
   while True:
     time.sleep(arguments.seconds)
-    now = [jsonl.sizes(path) for path in files]
-    if now != seen:
-      try:
+    try:
+      now = [jsonl.version(path) for path in files]
+      if now != seen:
         draw(arguments, arguments.seconds)
-      except (report.ReportError, ValueError) as error:  # a line being written
-        print(error, file=sys.stderr)
       seen = now
+    except (report.ReportError, ValueError, *storage_errors()) as error:  # a line being written, a store that is away
+      print(error, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from rich import table as rich_table
 
 from moe import jsonl
 from moe import stored
+from moe.errors import storage_errors
 
 
 def goodput(events: list[dict], now: float | None = None) -> dict[str, float]:
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
   arguments = parser.parse_args(argv)
   try:
     found = status(arguments.run_dir)
-  except (OSError, ValueError, KeyError) as error:
+  except (*storage_errors(), ValueError, KeyError) as error:
     print(f"snapshot_status: {arguments.run_dir} cannot be read: {error!r}", file=sys.stderr)
     return 2
   if found is None:

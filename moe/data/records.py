@@ -7,8 +7,9 @@ more `<split>-00000-of-00004.arrayrecord`.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
+import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -65,26 +66,18 @@ def write_domain(folder: pathlib.Path, documents: dict[str, Iterable[Document]],
   if folder.exists():
     raise DataError(f"{folder} exists already; remove it or choose another --output")
   folder.parent.mkdir(parents=True, exist_ok=True)
-  try:
-    with _whole_or_not(folder) as scratch:
-      manifest = {"format": _FORMAT,
-                  "splits": {split: _write_split(scratch, split, docs, shards) for split, docs in documents.items()}}
-      (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-  except (OSError, RuntimeError) as error:
-    raise DataError(f"cannot write {folder}: {error}") from error
-  return manifest
-
-
-@contextlib.contextmanager
-def _whole_or_not(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A scratch folder that becomes `folder` at the end."""
   scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
   try:
-    yield scratch
+    manifest = {"format": _FORMAT,
+                "splits": {split: _write_split(scratch, split, docs, shards) for split, docs in documents.items()}}
+    (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     scratch.chmod(0o755)
     os.replace(scratch, folder)
+  except (OSError, RuntimeError) as error:
+    raise DataError(f"cannot write {folder}: {error}") from error
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
+  return manifest
 
 
 def _write_split(folder: pathlib.Path, split: str, documents: Iterable[Document], shards: int) -> dict:
@@ -110,44 +103,58 @@ def sha256(path: pathlib.Path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@functools.cache
 def fetch(url: str) -> pathlib.Path:
   """A copy of an object store's domain in the cache folder ($MOE_CACHE), every file compared with its digest; made once.
 
   ArrayRecord reads files at random places, so they must be local. What does not fit is for a mount (gcsfuse), by its folder.
+  A copy that was begun is gone on with; while the store does not answer, the newest copy there is serves.
 
   Raises:
     DataError: there is no domain, it does not fit, or it arrives damaged.
   """
+  cache = hardware.cache_folder()
+  newest = cache / f"data-of-{hashlib.sha256(url.encode()).hexdigest()[:16]}"  # names the copy
   try:
     text = (epath.Path(url) / "manifest.json").read_text()
   except (*storage_errors(), ImportError) as error:
+    if not isinstance(error, FileNotFoundError) and newest.exists() and (cache / newest.read_text()).exists():
+      return cache / newest.read_text()
     raise DataError(f"{url} is not a data directory: its manifest.json cannot be read: {error}") from error
   manifest = _parsed(url, text)
-  folder = hardware.cache_folder() / f"data-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-  if folder.exists():
-    return folder
+  folder = cache / f"data-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
   try:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    files = [entry for split in manifest["splits"].values() for entry in split["files"]]
-    size, free = sum(entry["file_bytes"] for entry in files), shutil.disk_usage(folder.parent).free
-    if size > free:
-      raise DataError(f"{url} has {size / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB free; set MOE_CACHE to a larger "
-                      "disk, or mount the bucket (gcsfuse) and give the mounted folder")
-    with _whole_or_not(folder) as scratch:
-      with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda entry: _fetch_file(f"{url}/{entry['name']}", scratch / entry["name"], entry), files))
-      (scratch / "manifest.json").write_text(text)
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / f".{folder.name}.lock", "w") as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)  # one process of this machine
+      if not folder.exists():
+        _fetch_files(url, manifest, text, folder)
+      newest.write_text(folder.name)
   except (*storage_errors(), ImportError) as error:
-    if not folder.exists():  # else another process was faster
-      raise DataError(f"{url} cannot be fetched: {error}") from error
+    raise DataError(f"{url} cannot be fetched: {error}") from error
   return folder
 
 
-def _fetch_file(url: str, target: pathlib.Path, entry: dict) -> None:
-  with epath.Path(url).open("rb") as source, open(target, "wb") as file:
-    shutil.copyfileobj(source, file, 16 << 20)
-  if sha256(target) != entry["sha256"]:
-    raise DataError(f"{url} does not have the digest its manifest says: it was changed or arrived damaged")
+def _fetch_files(url: str, manifest: dict, text: str, folder: pathlib.Path) -> None:
+  part = folder.with_name(f".{folder.name}.part")
+  part.mkdir(exist_ok=True)
+  files = [entry for split in manifest["splits"].values() for entry in split["files"]
+           if not (part / entry["name"]).exists() or sha256(part / entry["name"]) != entry["sha256"]]
+  size, free = sum(entry["file_bytes"] for entry in files), shutil.disk_usage(part).free
+  if size > free:
+    raise DataError(f"{url} has {size / 1e9:.1f} GB, {part.parent} has {free / 1e9:.1f} GB free; set MOE_CACHE to a larger "
+                    "disk, or mount the bucket (gcsfuse) and give the mounted folder")
+
+  def get(entry):
+    with epath.Path(f"{url}/{entry['name']}").open("rb") as source, open(part / entry["name"], "wb") as file:
+      shutil.copyfileobj(source, file, 16 << 20)
+    if sha256(part / entry["name"]) != entry["sha256"]:
+      raise DataError(f"{url}/{entry['name']} does not have the digest its manifest says: it was changed or arrived damaged")
+
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    list(pool.map(get, files))
+  (part / "manifest.json").write_text(text)
+  os.replace(part, folder)
 
 
 def read_manifest(folder: pathlib.Path) -> dict:
@@ -171,7 +178,7 @@ def _parsed(path, text: str) -> dict:
     manifest = json.loads(text)
   except ValueError as error:
     raise DataError(f"{path} cannot be read: {error}") from error
-  if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+  if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT or "splits" not in manifest:
     found = manifest.get("format") if isinstance(manifest, dict) else manifest
     raise DataError(f"{path} has format {found!r}, this version reads {_FORMAT}; build the data again")
   return manifest

@@ -222,13 +222,19 @@ class Leader:
         return step
       self._say(f"memory tier: step {step} refused: " + "; ".join(f"host {h}: {why}" for h, why in refused.items()))
       self._record("refused", tier="memory", step=step, reasons=list(refused.values()))
-    if self.committed >= 0 or self._checkpoints.exists():  # else the job is new
+    if self.committed >= 0 or self._has_checkpoints():  # else the job is new
       self._say("memory tier: no step is whole in every group (more hosts were lost than their parity covers); the checkpoints "
                 "are next")
       self._record("recovery", tier="persistent", step=None)
     self._tell({"do": "keeper", "message": {"do": "clear"}})
     self.committed, self._holding = -1, {}
     return None
+
+  def _has_checkpoints(self) -> bool:
+    try:
+      return self._checkpoints.exists()
+    except storage_errors():  # nobody knows: the trainer will say
+      return True
 
   def _watch(self, step: int | None) -> int | Failure:
     """Starts the trainers and commits snapshots until the round is over: an exit code, or what failed."""
@@ -319,7 +325,7 @@ class _Status:
   """The newest text in a file or object; an object from a thread, for a store takes its time, and one write of it a second."""
 
   def __init__(self, path: epath.Path, say: Callable[[str], None]):
-    self._path, self._say, self._newest = path, say, None
+    self._path, self._say, self._newest, self._written = path, say, "", ""
     self._local = "://" not in str(path)
     if not self._local:
       self._wake, self._closed = threading.Event(), threading.Event()
@@ -348,13 +354,14 @@ class _Status:
     self._write()
 
   def _write(self) -> None:
-    text, self._newest = self._newest, None
-    if text is None:
+    text = self._newest
+    if text == self._written:
       return
     try:
       written = self._path.parent / "snapshots.tmp" if self._local else self._path  # an object appears whole or not at all
       written.write_text(text)
       if self._local:
         written.replace(self._path)
-    except storage_errors() as error:
+      self._written = text
+    except Exception as error:  # of whatever client the store has
       self._say(f"ALARM the status could not be written: {error}")

@@ -96,7 +96,7 @@ def resolve(files: typing.Sequence, flags: typing.Sequence[str] = (), allow_unus
 
 def _parse_file(path: pathlib.Path, origins: dict, including: tuple[pathlib.Path, ...]) -> None:
   shown = str(path)
-  if not path.is_file() and path.parts[0] == "configs":  # an installation has them in its own folder
+  if not path.is_file() and path.parts[:1] == ("configs",):  # an installation has them in its own folder
     path = CONFIGS.joinpath(*path.parts[1:])
   if not path.is_file():
     folder = path.parent if path.parent.is_dir() else CONFIGS

@@ -24,7 +24,7 @@ STAND_INS = [
     (r"bash tools/dev\.sh", None, "makes environments: README's two commands and the legs are CI's"),
     (r"python -m pytest|softplus|masked", None, "run where its diff is applied (test_a_worked_example)"),
     (r"tools\.(compile_check|overlap|soak|bench\.\w+|experiments\.\w+)", "help", "minutes to hours, a compiler or a device"),
-    (r"tools\.lm_harness (?!.*--write_tasks)", "help", "needs lm-eval: lm_harness_test, in the parity leg"),
+    (r"tools\.lm_harness", "help", "needs lm-eval: lm_harness_test, in the parity leg"),
     (r"tools\.launch_tpu_vm", "--dry_run", "a cloud: launch_test runs whole jobs with a stand-in for gcloud"),
     (r"moe\.train .*--help", "", ""),
     (r"moe\.train", "--dry_run", "minutes: train_test trains; flags of other hosts are left out"),

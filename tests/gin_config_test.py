@@ -47,6 +47,12 @@ def test_flag_mistakes(flag, parts):
     assert part in text
 
 
+def test_shipped_configs_are_found_from_anywhere(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert gin_config.resolve(["configs/run/quickstart.gin"]).run.train.steps > 0
+  assert "gin file . does not exist" in refusal([""])
+
+
 @pytest.mark.parametrize("text, parts", [
     ("include 'nope.gin'\n", ["nope.gin does not exist"]),
     ("import os\n", [":2: import is refused"]),

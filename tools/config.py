@@ -22,6 +22,8 @@ import sys
 import tokenize
 from typing import NamedTuple
 
+from etils import epath
+
 from moe import config
 from moe import gin_config
 from moe import stored
@@ -76,7 +78,7 @@ def _read(path: str) -> dict:
   """A gin file, resolved, or the config kept with a run or checkpoint."""
   if path.endswith(".gin"):
     return config.to_dict(gin_config.resolve([pathlib.Path(path)]).run)
-  kept = pathlib.Path(path) / "config.json"
+  kept = epath.Path(path) / "config.json"
   if kept.exists():
     return config.to_dict(config.from_dict(config.Run, stored.read_json(kept)))
   found = stored.find(path).config

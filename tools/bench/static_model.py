@@ -47,6 +47,32 @@ def twin_cycles(topology: str, twins: dict) -> dict[str, tuple[float, float] | s
   return found
 
 
+_WIDEST = 4096  # d_expert of a twin; beyond, the profiler wants more memory than a workstation has
+
+
+def _cycles_of_kernels(topology: str, names, shape, blocks) -> dict[str, tuple[float, float] | str]:
+  """`twin_cycles` of our kernels. An expert wider than `_WIDEST` is cut into blocks of columns that cost the same each, so
+  its cycles are extrapolated from twins of two and of three blocks."""
+  twins, ends = {}, {}
+  for name in names:
+    block = getattr(blocks, "contract" if name.startswith("combine") else
+                    "gradient" if name.startswith("weight_gradient") else "hidden")
+    ends[name] = (shape.d_expert,) if shape.d_expert <= _WIDEST else (2 * block, 3 * block)
+    for width in ends[name]:
+      twins[f"{name} {width}"] = ("tools.bench.static_programs", "kernel_twin",
+                                  {"name": name, "shape": shape._replace(d_expert=width), "blocks": blocks})
+  cycles, found = twin_cycles(topology, twins), {}
+  for name in names:
+    values = [cycles[f"{name} {width}"] for width in ends[name]]
+    problem = next((v for v in values if isinstance(v, str)), None)
+    if problem or len(values) == 1:
+      found[name] = problem or values[0]
+    else:
+      share = (shape.d_expert - ends[name][0]) / (ends[name][1] - ends[name][0])
+      found[name] = tuple(a + share * (b - a) for a, b in zip(*values))
+  return found
+
+
 def multinomial(rows: int, groups: int) -> list[int]:
   return np.random.default_rng(0).multinomial(rows, [1 / groups] * groups).tolist()
 
@@ -56,8 +82,7 @@ def kernel_estimates(topology: str, shape, blocks, names) -> list[dict]:
   shape = plan.Shape(*shape)
   clock, bandwidth, peak = core_of(topology)
   sizes = multinomial(shape.tokens * shape.top_k * shape.num_experts // shape.total_experts, shape.num_experts)
-  module = "tools.bench.static_programs"
-  cycles = twin_cycles(topology, {n: (module, "kernel_twin", {"name": n, "shape": shape, "blocks": blocks}) for n in names})
+  cycles = _cycles_of_kernels(topology, names, shape, blocks)
   rows = []
   for name in names:
     family = "weight_gradient" if name.startswith("weight_gradient") else name.replace("_forward", "").replace("_int8", "")

@@ -22,7 +22,8 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from moe import sharding
 
 BACKENDS = ("loop", "ragged_dot", "dense", "tokamax")
-_CHUNK_ROWS = (128, 64, 32)  # of one matmul of the loop
+# Rows of one matmul of the loop. Only 512 or more occupy a second thread; the small ones end a group.
+_CHUNK_ROWS = (512, 128, 64, 32)
 
 
 def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, backend: str) -> jax.Array:
@@ -145,7 +146,7 @@ _loop.defvjp(_loop_forward, _loop_backward)
 def _for_chunks(begin, size, num_rows: int, body, carry):
   """Folds body(start, first, rows, carry) over chunks of the rows [begin, begin + size) of an array.
 
-  Whole chunks of 128 rows, then at most one of 64 and one of 32, so that no more than 31 rows are computed in vain. `rows` is
+  As many chunks of 512 rows as there are, then of 128, 64 and 32, so that no more than 31 rows are computed in vain. `rows` is
   static; `first` is the first row that belongs to the chunk, `start` where its slice begins: earlier at the end of the array,
   where a slice must not stick out. Loops of one trip, because XLA:CPU copies what a conditional carries.
   """

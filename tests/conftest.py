@@ -26,3 +26,12 @@ def pytest_collection_modifyitems(config, items):
     turn, of = map(int, os.environ["MOE_TURN"].split("/"))
     config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % of != turn % of])
     items[:] = items[turn % of :: of]
+
+
+def pytest_terminal_summary(terminalreporter):
+  """What tests record with record_property, such as the seconds of a compile, which no bound is set on."""
+  for reports in terminalreporter.stats.values():
+    for report in reports:
+      if getattr(report, "when", "") == "call":
+        for name, value in report.user_properties:
+          terminalreporter.write_line(f"recorded: {report.nodeid}: {name} {value}")

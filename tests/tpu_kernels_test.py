@@ -45,8 +45,9 @@ def figures(report: static_compiler.Report) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_compiles_within_its_budget(chip):
+def test_compiles_within_its_budget(chip, record_property):
   reports = measured(chip)
+  record_property("compile_seconds", {name: round(r.compile_seconds or 0, 1) for name, r in reports.items()})
   assert {name: r.problem for name, r in reports.items() if r.problem} == {}
   budgets = json.loads(BUDGETS.read_text()).get(key(chip))
   if budgets is None:

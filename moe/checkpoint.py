@@ -366,7 +366,7 @@ def _read(folder: epath.Path, abstract_state, run: config.Run):
 
 def _shape_config(run: dict) -> dict:
   """The parts of a config that a state belongs to: the model, less how it is computed."""
-  computed = ("scan_layers", "remat", "compute_dtype", "dropout")
+  computed = ("scan_unroll", "remat", "compute_dtype", "dropout")
   return {key: value for key, value in json.loads(json.dumps(run))["model"].items() if key not in computed}
 
 

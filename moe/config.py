@@ -280,13 +280,13 @@ class Model(_Checked):
   tie_embeddings: bool = False
   dropout: float = 0.0  # on the output of each attention and feed-forward block
   compute_dtype: str = "bfloat16"  # parameters, router and softmax stay float32
-  scan_layers: bool = True
+  scan_unroll: int = 1  # layers in one turn of the scan, the later ones' weights gathered beside the earlier's work; 0: no scan
   remat: str = "none"  # none | full | offload (full, and the inputs of layers go to the host) | dots | attention
   init_std: InitStd = InitStd()
 
   def check(self):
     _at_least(self, 1, "vocab_size", "num_layers", "d_model", "moe_every")
-    _at_least(self, 0, "num_dense_layers", "d_ff")
+    _at_least(self, 0, "num_dense_layers", "d_ff", "scan_unroll")
     _one_of(self, "activation", ("swiglu", "gelu"))
     _one_of(self, "compute_dtype", ("float32", "bfloat16"))
     _one_of(self, "remat", ("none", "full", "offload", "dots", "attention"))

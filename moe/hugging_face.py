@@ -398,7 +398,7 @@ FAMILIES = {f.model_type: f for f in (
 _MLA_BIAS_RATE = 0.001  # DeepSeek-V3's; config.json does not say, and a trained bias must have a place
 
 # What a checkpoint's arithmetic does not depend on.
-FREE = ("attention.backend", "dropout", "compute_dtype", "scan_layers", "remat",
+FREE = ("attention.backend", "dropout", "compute_dtype", "scan_unroll", "remat",
         *(f"experts.{name}" for name in ("backend", "dispatch", "buffer_factor", "overlap_degree", "backward_degree",
                                          "capacity_group", "drop_policy", "forward_weights")),
         *(f"router.{name}" for name in ("balance_scope", "balance_coef", "micro_mix", "z_loss_coef", "bias_update_rate",

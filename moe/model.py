@@ -424,10 +424,10 @@ class Transformer(_Weights):
   def _stack(self, kind, length: int, **options):
     """`length` layers of one kind with stacked parameters, scanned or unrolled."""
     if self.model.remat != "none":
-      kind = nn.remat(kind, policy=_REMAT[self.model.remat], prevent_cse=not self.model.scan_layers)
+      kind = nn.remat(kind, policy=_REMAT[self.model.remat], prevent_cse=not self.model.scan_unroll)
     stack = nn.scan(kind, variable_axes={"params": 0}, length=length, in_axes=(nn.broadcast, 0),
                     split_rngs={"params": True, "dropout": True, "routing": True},
-                    unroll=1 if self.model.scan_layers else length,
+                    unroll=min(self.model.scan_unroll or length, length),
                     metadata_params={nn.PARTITION_NAME: "layer"})
     return stack(self.model, deterministic=self.deterministic, **options)
 

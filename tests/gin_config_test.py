@@ -35,7 +35,7 @@ def refusal(files=(QUICKSTART,), flags=()) -> str:
     ("Train.steps=%gin.REQUIRED", ["Train.steps is required but not set", "--gin.Train.steps=VALUE"]),
     ("Data.tokenizer=/data/x", ["a string needs quotes"]),
     ("Model.compute_dtype=bfloat16", ["a string needs quotes"]),
-    ("Model.scan_layers=true", ["True and False are capitalised"]),
+    ("Model.tie_embeddings=true", ["True and False are capitalised"]),
     ("Train.steps=(1,", ["a quote or bracket is not closed"]),
     ("Train.steps=2*3", ["gin has no arithmetic"]),
     ("Data.domains=[@kjv/Domain()]", ["Data.domains is a tuple"]),

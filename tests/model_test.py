@@ -164,11 +164,13 @@ def test_expert_gradient_equals_that_of_the_dense_form():
 # ------------------------------------------------------------------------------------------------------ invariances
 
 
-@pytest.mark.parametrize("name", ["gqa", "mla", "dense_first_every_2", "gru", "lstm_shared_cosine", "pre_gate"])
-def test_scanned_equals_unrolled(name):
-  model, batch = small.model(**VARIANTS[name]), small.batch()
+@pytest.mark.parametrize("name, unroll", [
+    ("gqa", 0), ("mla", 0), ("dense_first_every_2", 0), ("gru", 0), ("lstm_shared_cosine", 0), ("pre_gate", 0),
+    ("gqa", 2), ("noisy", 2)])  # three layers, so that one is left over
+def test_scanned_equals_unrolled(name, unroll):
+  model, batch = small.model(**VARIANTS[name], **({"num_layers": 3} if unroll else {})), small.batch()
   transformer, params = init(model)
-  unrolled = model_lib.build(dataclasses.replace(model, scan_layers=False))
+  unrolled = model_lib.build(dataclasses.replace(model, scan_unroll=unroll))
   logits = [forward(t, params, batch)[0] for t in (transformer, unrolled)]
   np.testing.assert_allclose(*logits, atol=4e-6)  # of up to 7, in float32
 
@@ -280,7 +282,7 @@ def test_dropout_needs_a_key_and_is_off_by_default():
 
 def test_constraints_survive_under_set_mesh():
   """With the older `with mesh:` they vanish without a word; two in a layer and one at the embedding must be there."""
-  model, batch = small.model(scan_layers=False), small.batch()
+  model, batch = small.model(scan_unroll=0), small.batch()
   transformer, params = init(model)
   def lowered():
     return jax.jit(lambda p: forward.__wrapped__(transformer, p, batch)[0]).lower(params).as_text()

@@ -265,7 +265,7 @@ def test_pre_gate_decides_once_for_all_layers():
   assert "router" not in params["layers"]["experts"]["moe"]
 
   def sorts(**changes):
-    transformer, params = init(small.model(num_layers=3, scan_layers=False, **changes))
+    transformer, params = init(small.model(num_layers=3, scan_unroll=0, **changes))
     run = jax.jit(lambda p: transformer.apply({"params": p}, batch.inputs, batch.segment_ids, batch.positions).hidden)
     return run.lower(params).compile().as_text().count(" sort(")
 

@@ -108,7 +108,7 @@ def check(run: config.Run, topology: str, slices: int = 1, options: dict | None 
       "hbm": {"peak_bytes": peak, "limit_bytes": chip.hbm_bytes, "parameters": parameters, "optimizer": optimizer,
               "other_arguments": arguments - parameters - optimizer, "temporaries": memory.temp_size_in_bytes,
               "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
-              "activations_saved": hlo.stacked_bytes(program, run.model.num_moe_layers),
+              "activations_saved": hlo.stacked_bytes(program, run.model.num_moe_layers, max(run.model.scan_unroll, 1)),
               "code": memory.generated_code_size_in_bytes,
               "largest": [{"bytes": b, "shape": s, "source": n} for b, s, n in hlo.largest(program)]},
       "collectives": hlo.summary(walked.collectives),

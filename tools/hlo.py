@@ -451,14 +451,16 @@ def largest(program: Program, count: int = 12) -> list[tuple[float, str, str]]:
   return [(size, *key) for key, size in sorted(seen.items(), key=lambda item: -item[1])[:count]]
 
 
-def stacked_bytes(program: Program, layers: int) -> float:
-  """Bytes of what the forward loop over layers leaves for the backward one: arrays written a layer at a time."""
-  found = {}
+def stacked_bytes(program: Program, layers: int, unroll: int = 1) -> float:
+  """Bytes of what the forward loop over layers leaves for the backward one: arrays written a turn of `unroll` layers at a
+  time."""
+  found, stacks = {}, ((layers,), (layers // unroll, unroll))
   for name in reached(program):
     for i in program.computations[name]:
       if "jvp(" in i.source and "transpose(" not in i.source and "dynamic_update_slice" in i.source and i.operation == "fusion":
         for shape in re.findall(r"[a-z]+\d*\[[\d,]*\]\{[^}]*\}", i.shape):
-          if shape.split("[")[1].split(",")[0] == str(layers) and "S(1)" not in shape:
+          dims = tuple(map(int, re.findall(r"\d+", shape.split("[")[1].split("]")[0])))
+          if (dims[:1] in stacks or dims[:2] in stacks) and "S(1)" not in shape:
             found[i.name, shape] = size_of(shape)
   return sum(found.values())
 

@@ -32,7 +32,7 @@ def make_run(scale: str, cell: str) -> config.Run:
   """`tpu`: OLMoE's widths with two layers; `cpu`: an eighth of them."""
   d_model, heads, hidden, rows, tokens = {"tpu": (2048, 16, 1024, 16, 1024), "cpu": (256, 4, 128, 8, 256)}[scale]
   model = config.Model(
-      vocab_size=50304 if scale == "tpu" else 512, num_layers=2, d_model=d_model, scan_layers=False,
+      vocab_size=50304 if scale == "tpu" else 512, num_layers=2, d_model=d_model, scan_unroll=0,
       compute_dtype="bfloat16" if scale == "tpu" else "float32",
       attention=config.Attention(num_heads=heads, head_dim=d_model // heads),
       experts=config.Experts(num_experts=64, d_expert=hidden),

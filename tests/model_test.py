@@ -155,8 +155,8 @@ def test_expert_gradient_equals_that_of_the_dense_form():
     mix = jnp.sum(jax.nn.one_hot(chosen, 4) * gates[..., None], 2)
     return jnp.sum(jnp.sin(jnp.einsum("bse,bsed->bsd", mix, every)))
 
-  # The sines' arguments reach 26, so float32 knows their cosines to 26 x 2^-23 = 3e-6, in either form; by float64 each is within
-  # 2.4e-6 of a leaf's largest entry.
+  # The sines' arguments reach 26, so float32 knows their cosines to 26 x 2^-23 = 3e-6, in either form; by float64 each is
+  # within 2.4e-6 of a leaf's largest entry.
   for a, b in zip(*(jax.tree.leaves(jax.grad(f, (0, 1, 2))(x, gates, weights)) for f in (sparse, dense))):
     np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 

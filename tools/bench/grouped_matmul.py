@@ -112,8 +112,8 @@ def main() -> None:
       environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
       result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
       base = result["batched matmul, equal groups"]
-      print(f"{groups} experts, {cores} core{'s' * (cores > 1)}, {'median CPU' if cores == 1 else 'least wall'} ms: forward, forward and "
-            "gradient (ratio to the batched matmul)")
+      print(f"{groups} experts, {cores} core{'s' * (cores > 1)}, {'median CPU' if cores == 1 else 'least wall'} ms: forward, "
+            "forward and gradient (ratio to the batched matmul)")
       for name, (forward, both) in result.items():
         print(f"  {name:30s} {forward * 1e3:8.2f} ({forward / base[0]:5.2f})  {both * 1e3:8.2f} ({both / base[1]:5.2f})  "
               f"{2 * ROWS * WIDTH * HIDDEN / forward / 1e9:5.0f} GFLOP/s forward", flush=True)

@@ -14,12 +14,15 @@ import json
 import os
 import pathlib
 import re
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 
 from moe.hardware import CHIPS
+
+_CHILD_KIB = 4 << 20  # resident memory after which the next program gets another process
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:2x2x1"}
 
@@ -84,6 +87,8 @@ def _child(request: dict) -> None:
     except Exception as error:  # noqa: BLE001  the compiler's refusals have many types; the report carries the words
       report.problem = " ".join(str(error).split())[:400]
     print("REPORT " + json.dumps(dataclasses.asdict(report)), flush=True)
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > _CHILD_KIB:  # the profiler keeps what it unrolled
+      return
 
 
 def module(where: str):
@@ -146,6 +151,7 @@ def measure(topology: str, programs: dict, flag: str = "") -> dict[str, Report]:
   """
   waiting, reports = dict(programs), {}
   while waiting:
+    before = len(waiting)
     with tempfile.TemporaryDirectory() as folder:
       arguments = {"bundles": f"--xla_jf_dump_to={folder}", "profile": f"--xla_jf_dump_static_llo_profile_to={folder}"}
       environment = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu",
@@ -164,7 +170,7 @@ def measure(topology: str, programs: dict, flag: str = "") -> dict[str, Report]:
       why = re.findall(r"Check failed: (.{0,200})", child.stderr) or child.stderr.strip().splitlines()[-1:]
       reports[name] = Report(name, problem=f"the compiler aborted: {why[0] if why else child.returncode}")
       waiting.pop(name)
-    elif waiting:
+    elif len(waiting) == before:
       raise RuntimeError(f"no report for {', '.join(waiting)}: {child.stderr[-500:]}")
   return reports
 

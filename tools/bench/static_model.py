@@ -97,7 +97,7 @@ def kernel_estimates(topology: str, shape, blocks, names) -> list[dict]:
       row["problem"] = cycles[name]
     else:
       twin = static_programs.twin_rows(name, shape, blocks)
-      in_twin = twin * max(round(shape.mean_rows / twin), 1)
+      in_twin = twin * static_programs.visits_of(shape.mean_rows, twin)
       row["cycle_seconds"] = (cycles[name][0] * counted.computed_rows / in_twin + cycles[name][1]) / clock
       row["seconds"] = max(row["cycle_seconds"], row["hbm_seconds"])
     rows.append(row)

@@ -84,11 +84,16 @@ def twin_rows(name: str, shape: plan.Shape, blocks: Blocks) -> int:
   return rows
 
 
+def visits_of(rows_per_group: int, rows: int) -> int:
+  """Visits of one group in a twin: as many as its rows take, at most 4, which cost four times one and not more to profile."""
+  return min(max(round(rows_per_group / rows), 1), 4)
+
+
 def kernel_twin(name: str, shape, blocks, groups: int):
   """The same on `groups` experts of about mean size, each visit one chunk; profile 2 and 4 groups."""
   shape, blocks = plan.Shape(*shape), Blocks(*blocks)
   rows = twin_rows(name, shape, blocks)
-  per_group = max(round(shape.mean_rows / rows), 1)
+  per_group = visits_of(shape.mean_rows, rows)
   blocks = blocks._replace(tile_rows=max(rows, 32))
   return _kernel(name, shape, blocks, groups, groups * per_group, visits_lib.Even(per_group, rows))
 

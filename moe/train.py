@@ -55,14 +55,14 @@ from moe.routing import analysis
 from moe.snapshot import client as snapshot_client
 
 OK, USAGE, DATA, CHECKPOINT, NUMERICS, CRASH, PREEMPTED = 0, 2, 3, 4, 5, 13, 143
-_MAX_BAD_STEPS = 20  # consecutive steps without a finite loss before giving up
+_MAX_SKIPPED_STEPS = 20  # in a row, by the guard of moe/step.py, before going back to the snapshot or giving up
 
 class Preempted(Exception):
   """SIGTERM arrived and the state is saved."""
 
 
 class NumericsError(Exception):
-  """The loss is not finite and does not recover."""
+  """Steps are skipped and it does not stop."""
 
 
 def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
@@ -128,7 +128,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
     flops = sizes.flops_per_token(run.model, run.data.sequence_tokens)
     batch_sharding = sharding.batch_sharding(mesh)
     preemption = _Preemption(arguments.multihost is not None)
-    pending, bad_steps = [], 0  # metrics not yet fetched; consecutive steps without a finite loss
+    pending, skipped = [], 0  # metrics not yet fetched; steps skipped in a row
     watch = analysis.CollapseWatch(run.model.router.top_k)
 
     def save(step: int) -> None:
@@ -185,30 +185,31 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
         pending = []
         for offset, record in enumerate(fetched):
           at = done - len(fetched) + offset
-          bad_steps = 0 if np.isfinite(record["loss"]) else bad_steps + 1
-          if not record["accepted"]:
+          skipped = 0 if record["accepted"] else skipped + 1
+          if skipped:
             recorder.alarm(f"step {at} skipped: loss {record['loss']:.4g}, gradient norm {record['gradient_norm']:.4g}",
                            step=at)
           recorder.metrics("train", at, record)
           if run.model.router.gate != "soft" and (layers := watch.push(record["expert_counts"])):
             recorder.alarm(f"routing has collapsed in layer(s) {', '.join(map(str, layers))}: few experts take nearly all "
                            "tokens; raise Router.balance_coef, or lower the learning rate", step=at, layers=layers)
-        if bad_steps >= _MAX_BAD_STEPS and replay is None and (found := snapshots.rewound(abstract)):
-          recorder.alarm(f"no finite loss for {bad_steps} steps: back to the snapshot of step {found.step}, for one replay")
+        if skipped >= _MAX_SKIPPED_STEPS and replay is None and (found := snapshots.rewound(abstract)):
+          recorder.alarm(f"{skipped} steps in a row were skipped: back to the snapshot of step {found.step}, for one replay")
           recorder.event("rewind", step=done, to=found.step)
           replay = _Replay(done, checkpoint_lib.digests(state))
-          state, done, bad_steps = found.state, found.step, 0
+          state, done, skipped = found.state, found.step, 0
           loader.restore(found.data)
           continue
-        if bad_steps >= _MAX_BAD_STEPS or (replay and done >= replay.until):
+        if skipped >= _MAX_SKIPPED_STEPS or (replay and done >= replay.until):
           same = replay and checkpoint_lib.digests(state) == replay.fingerprints
           if replay:
             recorder.event("replayed", step=done, same=same)
-          if bad_steps >= _MAX_BAD_STEPS or same:
+          if skipped >= _MAX_SKIPPED_STEPS or same:
             recorder.event("failed", step=at)
-            (run_dir / "FAILED").write_text(f"loss not finite up to step {at}\n")
+            (run_dir / "FAILED").write_text(f"steps skipped in a row up to step {at}\n")
             raise NumericsError(
-                f"the loss was not finite for {_MAX_BAD_STEPS} steps up to step {at}; "
+                f"{_MAX_SKIPPED_STEPS} steps in a row up to step {at} were skipped, the last with loss {record['loss']:.4g} and "
+                f"gradient norm {record['gradient_norm']:.4g}; "
                 + ("a replay from the last snapshot gave the same bits, so the data or the model is at fault and not the "
                    "hardware; " if same else "") + "lower Optimizer.learning_rate, or resume from an earlier checkpoint")
           recorder.alarm(f"the replay up to step {done} came out differently: suspect the hardware; training goes on from it")
@@ -227,8 +228,8 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
         jax.block_until_ready(values)
         jax.profiler.stop_trace()
       preempted = preemption.reached(done)
-      with clock.measure("snapshot"):  # none while the loss is not finite: a rewind should go before that
-        for name, fields in [] if bad_steps else snapshots.take(done, state, loader.state, due=preempted):
+      with clock.measure("snapshot"):  # none while steps are skipped: a rewind should go before them
+        for name, fields in [] if skipped else snapshots.take(done, state, loader.state, due=preempted):
           recorder.event(name, step=done, **fields)
           if name == "unprotected":
             recorder.alarm(f"no snapshot of step {done}: {fields['reason']}", step=done)

@@ -5,7 +5,7 @@ MOE_TEST_KILL=PHASE:STEP says which, on host 1 where there is one; with MOE_TEST
     digest, copy, ready, save   SIGKILL to itself inside that part of the step
     restore                     SIGKILL at the step, and again while it restores
     exception, sleep            before the step
-    nan                         no finite loss from that step on
+    nan, spike                  from that step on no finite loss; a loss that doubles with every step, for the guard
     flip, garbage               a bit of the committed slot; a slot that differs from the state; then SIGKILL
 """
 
@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from unittest import mock
 
 from moe import checkpoint
 from moe import command_line
@@ -100,18 +101,18 @@ def install(settings: dict) -> None:
   elif PHASE == "garbage":
     wrap(client.Snapshots, "_copy", after=garbage)
     wrap(client.Snapshots, "take", after=lambda self, step, *_: NOW["step"] == STEP and self.wait(step) and first() and die())
-  elif PHASE == "nan":
+  elif PHASE in ("nan", "spike"):
     train.step_lib.jit_train_step = broken_step(train.step_lib.jit_train_step)
 
 
 def broken_step(real):
-  """The train step, which from STEP on finds no finite loss and skips; with MOE_TEST_ONCE until the steps are replayed."""
+  """The train step, which is broken from STEP on; with MOE_TEST_ONCE until the steps are replayed."""
   import jax
 
   latest = [-1]
 
   def make(run, mesh):
-    program = real(run, mesh)
+    program, spiking = real(run, mesh), real(run, mesh)
 
     def step(state, batch):
       at = int(state.step)
@@ -119,6 +120,9 @@ def broken_step(real):
       latest[0] = 1 << 30 if cured else max(at, latest[0])
       if at < STEP or cured:
         return program(state, batch)
+      if PHASE == "spike":
+        with mock.patch.object(train.step_lib, "_judge", doubling(train.step_lib._judge)):  # traced with it
+          return spiking(state, batch)
       kept = jax.tree.map(lambda x: x.copy(), state)
       _, values = program(state, batch)
       guard = type(kept.guard)(kept.guard.losses, kept.guard.norms, kept.guard.seen, kept.guard.skipped + 1)
@@ -128,6 +132,14 @@ def broken_step(real):
     return step
 
   return make
+
+
+def doubling(real):
+  """The guard's rule, which is shown 16, 32, 64 ... times the loss from STEP on."""
+  def judge(sigmas, guard, loss, norm):
+    return real(sigmas, guard, loss * 2.0 ** (guard.seen - STEP + 4), norm)
+
+  return judge
 
 
 def without_the_end() -> None:

@@ -291,21 +291,33 @@ def test_a_straggler_is_waited_for_and_snapshots_are_skipped(job, control):
   assert_as_if_nothing_had_happened(j, control(2, {"Train.steps": 60}), 60)
 
 
-def test_nan_for_ever_is_replayed_once_and_then_stops(job):
-  """Row 16: no finite loss from step 12 on: skipped, rewound, replayed to the same bits: the data or the model is at fault."""
-  j = job(1, {"Train.steps": 60}, environment=fault("nan:12"))
+BROKEN = [("nan", 12), ("spike", 33)]  # the guard judges spikes after 32 steps
+
+
+@pytest.mark.parametrize("what, step", BROKEN)
+def test_what_is_broken_for_ever_is_replayed_once_and_then_stops(job, what, step):
+  """Row 16: every step skipped, rewound, replayed to the same bits: the data or the model is at fault."""
+  j = job(1, {"Train.steps": 60}, environment=fault(f"{what}:{step}"))
   j.finish(5)
-  assert len(j.events("rewind")) == 1
+  assert [e["to"] for e in j.events("rewind")] == [step // 3 * 3]
   assert j.events("replayed")[0]["same"] is True
   assert "data or the model" in j.logs()
 
 
-def test_nan_that_a_replay_does_not_repeat_is_the_hardware(job, control, tmp_path):
+@pytest.mark.parametrize("what, step", BROKEN)
+def test_what_a_replay_does_not_repeat_is_the_hardware(job, control, tmp_path, what, step):
   """Row 16, once: the replay comes out differently, which is said, and training goes on from it."""
-  j = job(1, {"Train.steps": 60}, environment=fault("nan:12", tmp_path))
+  j = job(1, {"Train.steps": 60}, environment=fault(f"{what}:{step}", tmp_path))
   j.finish()
   assert j.events("replayed")[0]["same"] is False
   assert local_job.final_digests(j.run_dir, 60) == local_job.final_digests(control(1, {"Train.steps": 60}), 60)
+
+
+def test_a_spike_without_a_rule_for_spikes_is_not_skipped(job):
+  """The control of the two above."""
+  j = job(1, {"Train.steps": 60, "Optimizer.skip_spike_sigmas": 0}, environment=fault("spike:33"))
+  j.finish()
+  assert not j.events("rewind") and not j.events("alarm")
 
 
 def test_an_old_leader_address_and_a_wrong_token(job, tmp_path):

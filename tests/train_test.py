@@ -276,7 +276,7 @@ def test_another_model_on_resume_is_one_line(corpus, straight, tmp_path):
 
 @pytest.mark.slow
 def test_diverged_run_is_one_line(corpus, tmp_path):
-  refused(5, "numerics error", "not finite for 20 steps",
+  refused(5, "numerics error", "20 steps in a row up to step",
           arguments=command(corpus, tmp_path, **{"InitStd.weight": 1e30}))
 
 

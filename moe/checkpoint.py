@@ -5,11 +5,12 @@ devices before the save and again after the restore. The digest is a sum over el
 every sharding, and a checkpoint restores onto any mesh.
 
 A failed save (a full disk, say) raises an alarm and training goes on; the last good checkpoint stays. A checkpoint is good
-when another process has read it back and found every digest (`moe/stored.py`).
+when another process has read it back and found every digest (`moe/stored.py`); one that is not is saved again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -21,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -37,6 +39,7 @@ from moe.errors import UserError, storage_errors
 _CHUNK_BYTES = 64 << 20  # largest piece of an array that is written, and so read, at once
 _SMALLEST_CHUNK_BYTES = 1 << 20
 _TEMPORARY = "*.orbax-checkpoint-tmp"
+_MAX_AGAIN = 3  # saves in a row because the one before did not read back: a broken store is not written to for ever
 
 
 class CheckpointError(UserError):
@@ -108,6 +111,24 @@ def _seal(values: dict) -> str:
 # ------------------------------------------------------------------------------------------------------ save, restore
 
 
+class _Kept(ocp.checkpoint_managers.PreservationPolicy):
+  """Which checkpoints stay: the last ones, the multiples, and the newest that is known to be good."""
+
+  def __init__(self, options: config.Checkpoint, good: Callable[[int], bool]):
+    rules = [ocp.checkpoint_managers.LatestN(options.keep_last)]
+    if options.keep_every_steps:
+      rules.append(ocp.checkpoint_managers.EveryNSteps(options.keep_every_steps))
+    self._rules, self._good = ocp.checkpoint_managers.AnyPreservationPolicy(rules), good
+
+  def should_preserve(self, checkpoints, *, context):
+    kept = self._rules.should_preserve(checkpoints, context=context)
+    try:
+      newest = next((info for info in reversed(checkpoints) if self._good(info.step)), None)
+    except storage_errors():  # nobody knows
+      return [True] * len(kept)
+    return [stays or info is newest for stays, info in zip(kept, checkpoints)]
+
+
 class Checkpointer:
   """The checkpoints of one run, in `<run_dir>/checkpoints/<step>`."""
 
@@ -116,13 +137,16 @@ class Checkpointer:
     self._folder.mkdir(parents=True, exist_ok=True)
     self._sweep()
     self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(
-        max_to_keep=options.keep_last, keep_period=options.keep_every_steps or None,
+        preservation_policy=_Kept(options, self.good),
         # Its own clean-up runs in a thread whose failure would fail every later save.
         cleanup_tmp_directories=False,
         # Otherwise a directory that cannot be made leaves threads that block the exit for minutes.
         async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False)))
     self._unread: int | None = None  # the last step saved, while it has not been read back
     self._reader: subprocess.Popen | None = None
+    self._damaged: set[int] = set()  # steps that are known to be
+    self._last, self._misread = -1, 0  # the last step saved; checkpoints in a row whose part here did not read back
+    self._news = False  # such a one that the other hosts have not heard of
 
   def steps(self) -> list[int]:
     """Those that every host sees: a listing may fail for a moment on one of them, and all must choose the same."""
@@ -139,8 +163,9 @@ class Checkpointer:
       return [f"the checkpoints could not be listed: {_one_line(error)}"]
 
   def good(self, step: int) -> bool:
-    """Whether every host's part of it was read back and found equal."""
-    return len(list((self._folder / str(step)).glob("good.*"))) >= jax.process_count()
+    """Whether every part of it was read back and found equal, by as many hosts as there were."""
+    parts = [path.name.rpartition("-of-")[2] for path in (self._folder / str(step)).glob("good.*")]
+    return any(parts.count(of) >= int(of) for of in parts)
 
   def poll(self) -> list[str]:
     """Has a finished save read back, by a process beside this one; what went wrong since the last call."""
@@ -154,8 +179,32 @@ class Checkpointer:
     step, said, code = self._unread, self._reader.communicate()[0].strip(), self._reader.returncode
     self._reader = self._unread = None
     if code in (1, 2):
+      self._misread, self._news = self._misread + 1, True
       return [f"checkpoint {step} does not read back as it was saved: {said}"]
+    if not code:
+      self._misread = 0
     return [f"checkpoint {step} could not be read back, and is not known to be good: {said}"] if code else []
+
+  def again(self) -> tuple[bool, list[str]]:
+    """All hosts call it together, for each reads its part back when it comes to it.
+
+    Returns:
+      (whether to save again because the last checkpoint did not read back on some host, what to say of it)
+    """
+    counts = all_hosts(self._misread if self._news else 0)
+    if not any(counts):
+      return False, []
+    self._news, self._unread = False, None
+    self._damaged.add(self._last)
+    good = None
+    with contextlib.suppress(*storage_errors()):
+      good = next((step for step in sorted(self._manager.all_steps(), reverse=True) if self.good(step)), None)
+    wanted = max(counts) <= _MAX_AGAIN
+    return wanted, [
+        f"checkpoint {self._last} is damaged, by host(s) {', '.join(str(h) for h, n in enumerate(counts) if n)}; "
+        + (f"saved again at once ({max(counts)} of {_MAX_AGAIN})" if wanted else
+           f"so were the {_MAX_AGAIN} before, so the next is saved when it is due")
+        + (f"; the newest good one is {good}" if good is not None else "; none is known to be good")]
 
   def save(self, step: int, state: Any, data: dict, run: config.Run, operative: str) -> list[str]:
     """Starts a save in the background.
@@ -164,7 +213,8 @@ class Checkpointer:
       What went wrong with the save before this one, or at the start of this one; [] if nothing.
     """
     problems = self.wait()
-    if step in _on_all_hosts(sorted(self._manager.all_steps())):  # as it remembers: a store that is away stops nothing
+    listed = _on_all_hosts(sorted(self._manager.all_steps()))  # as it remembers: a store that is away stops nothing
+    if step in listed and step not in self._damaged:
       return problems
     self._stop_reading()  # it is slower than the saves come
     side = {"data": copy.deepcopy(data), "digests": digests(state),
@@ -175,10 +225,14 @@ class Checkpointer:
         state=_save_arguments(state),
         **{key: ocp.args.JsonSave(value) for key, value in side.items()})
     try:
+      for old in sorted(self._damaged & set(listed)):
+        if old >= step:  # Orbax saves nothing at or before the newest
+          self._manager.delete(old)
+          self._damaged.discard(old)
       if not self._manager.save(step, args=arguments):
         problems.append(f"checkpoint {step} was not accepted: a newer one exists")
       else:
-        self._unread = step
+        self._unread = self._last = step
     except Exception as error:  # Orbax raises many types here; none may end the run
       problems += [f"checkpoint {step} could not be saved: {_one_line(error)}", *self._forget_failed(sweep=False)]
     return problems
@@ -214,6 +268,7 @@ class Checkpointer:
         state, data = _read(self._folder / str(step), abstract_state, run)
       except _Damaged as error:
         skipped.append(f"checkpoint {step} is damaged: {error}")
+        self._damaged.add(step)
         continue
       return Restored(step, state, data, skipped)
     if skipped:
@@ -221,13 +276,18 @@ class Checkpointer:
                             "(--resume=never starts afresh in another --run_dir)")
     return None
 
-  def close(self) -> list[str]:
-    """Waits and closes; needed on every way out, or a save under way is lost at exit. Returns as `wait`."""
+  def read_back(self) -> list[str]:
+    """Waits for the save in progress and until it is read back. Returns as `wait`."""
     problems = self.wait()
     problems += self.poll()  # starts the reading of the last one
     if self._reader:
       self._reader.wait()
       problems += self.poll()
+    return problems
+
+  def close(self) -> list[str]:
+    """Waits and closes; needed on every way out, or a save under way is lost at exit. Returns as `wait`."""
+    problems = self.read_back()
     self._manager.close()
     return problems
 
@@ -319,6 +379,13 @@ def _save_arguments(state: Any, chunk_bytes: int = _CHUNK_BYTES):
 
 class _Damaged(Exception):
   pass
+
+
+def all_hosts(value: int) -> list[int]:
+  """Every host's value, on every host."""
+  if jax.process_count() == 1:
+    return [value]
+  return [int(v) for v in multihost_utils.process_allgather(np.int32(value))]
 
 
 def _on_all_hosts(steps: list[int]) -> list[int]:

@@ -208,7 +208,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
             recorder.event("failed", step=at)
             (run_dir / "FAILED").write_text(f"steps skipped in a row up to step {at}\n")
             raise NumericsError(
-                f"{_MAX_SKIPPED_STEPS} steps in a row up to step {at} were skipped, the last with loss {record['loss']:.4g} and "
+                f"{_MAX_SKIPPED_STEPS} steps in a row up to step {at} were skipped, the last with loss {record['loss']:.4g}, "
                 f"gradient norm {record['gradient_norm']:.4g}; "
                 + ("a replay from the last snapshot gave the same bits, so the data or the model is at fault and not the "
                    "hardware; " if same else "") + "lower Optimizer.learning_rate, or resume from an earlier checkpoint")
@@ -244,16 +244,25 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
       if run.train.eval_every_steps and done % run.train.eval_every_steps == 0 and done < run.train.steps:
         evaluate_all(done, run.train.eval_batches)
         window_start, window_step = time.monotonic(), done
-      if run.checkpoint.every_steps and done % run.checkpoint.every_steps == 0 and done < run.train.steps:
+      due = run.checkpoint.every_steps and done % run.checkpoint.every_steps == 0
+      again, problems = saver.again() if done % run.train.log_every_steps == 0 else (False, [])
+      for problem in problems:
+        recorder.alarm(problem, step=done)
+      if (due or again) and done < run.train.steps:
         save(done)
         window_start, window_step = time.monotonic(), done
 
     # ------------------------------------------------------------------------------------------------------------- end
     save(run.train.steps)
     results = evaluate_all(run.train.steps, None)
-    problems = saver.wait()
-    for problem in problems:
-      recorder.alarm(problem)
+    again = True
+    while again:
+      problems = saver.read_back()
+      again, found = saver.again()
+      for problem in problems + found:
+        recorder.alarm(problem)
+      if again:
+        save(run.train.steps)
     recorder.event("end", step=run.train.steps, goodput=clock.table(), peak_flops=peak, peak_source=peak_source)
 
   if first_host:

@@ -116,6 +116,49 @@ def test_a_checkpoint_is_good_when_it_was_read_back(tmp_path, run, state):
   assert problems == ["checkpoint 2 does not read back as it was saved: params.embedding"] and not two.good(2)
 
 
+def misread(one):
+  """The checkpoint under way, whose digests are changed before it is read back; what is said then."""
+  assert one.wait() == []
+  path = one._folder / str(one._last) / "digests" / "metadata"
+  side = json.loads(path.read_text())
+  side["leaves"]["w"] = "0" * 16
+  path.write_text(json.dumps(side))
+  return one.read_back()
+
+
+def test_what_does_not_read_back_is_saved_again_but_not_for_ever(tmp_path, run, monkeypatch):
+  """And the last good one stays, whatever `keep_last` says."""
+  monkeypatch.setattr(checkpoint, "_MAX_AGAIN", 2)
+  state = {"w": jnp.arange(8.0)}
+  one = saver(tmp_path, keep_last=1)
+  assert one.save(1, state, DATA, run, "") == [] and one.read_back() == []
+  assert one.again() == (False, [])  # nothing wrong
+  for step in (2, 3, 4):
+    assert one.save(step, state, DATA, run, "") == []
+    assert misread(one) == [f"checkpoint {step} does not read back as it was saved: w"]
+    wanted, (said,) = one.again()
+    assert wanted == (step < 4) and "the newest good one is 1" in said and one.again() == (False, [])
+  assert "so were the 2 before" in said and one.steps() == [1, 4]
+  assert one.save(6, state, DATA, run, "") == [] and one.read_back() == []
+  assert one.save(7, state, DATA, run, "") == [] and misread(one) and one.again()[0]  # a good one between: counted anew
+  assert one.steps() == [6, 7] and one.close() == []
+
+
+def test_a_damaged_checkpoint_is_replaced(tmp_path, run):
+  """The same step again, and one that a restore passed over and that would stand in the way of those before it."""
+  state = {"w": jax.device_put(jnp.arange(8.0), jax.devices()[0])}
+  one = saver(tmp_path)
+  assert one.save(1, state, DATA, run, "") == [] and one.save(5, state, DATA, run, "") == []
+  assert misread(one) and one.again()[0]
+  assert one.save(5, state, DATA, run, "") == [] and one.read_back() == [] and one.good(5)
+  assert one.save(5, state, DATA, run, "") == [] and one._unread is None  # a good one is not written again
+  assert one.save(9, state, DATA, run, "") == [] and misread(one) and one.close() == []
+  two = saver(tmp_path)
+  restored = two.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state), run)
+  assert restored.step == 5 and "checkpoint 9 is damaged" in restored.skipped[0]
+  assert two.save(8, state, DATA, run, "") == [] and two.close() == [] and two.steps() == [5, 8] and two.good(8)
+
+
 def test_hosts_that_see_different_steps_choose_the_same(monkeypatch):
   """One listing fails, or is late: what not all have is nobody's choice."""
   def rows(mine):

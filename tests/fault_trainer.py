@@ -6,6 +6,7 @@ MOE_TEST_KILL=PHASE:STEP says which, on host 1 where there is one; with MOE_TEST
     restore                     SIGKILL at the step, and again while it restores
     exception, sleep            before the step
     nan, spike                  from that step on no finite loss; a loss that doubles with every step, for the guard
+    misread                     one leaf of the checkpoint is not what its digest says, in the part that this host reads back
     flip, garbage               a bit of the committed slot; a slot that differs from the state; then SIGKILL
 """
 
@@ -83,6 +84,14 @@ def install(settings: dict) -> None:
         raise ValueError(f"thrown at step {step}")
       time.sleep(3600)
 
+  def misread(self, step, *_):
+    if step == STEP and first():
+      self.wait()
+      path = self._folder / str(step) / "digests" / "metadata"
+      side = json.loads(path.read_text())
+      side["leaves"][sorted(side["leaves"])[settings["host"]]] = "0" * 16
+      path.write_text(json.dumps(side))
+
   if PHASE == "digest":
     wrap(checkpoint, "start_digests", after=strike)
   elif PHASE == "copy":
@@ -91,6 +100,8 @@ def install(settings: dict) -> None:
     wrap(client.Snapshots, "_copy", after=strike)
   elif PHASE == "save":
     wrap(checkpoint.Checkpointer, "save", after=strike)
+  elif PHASE == "misread":
+    wrap(checkpoint.Checkpointer, "save", after=misread)
   elif PHASE == "restore":
     wrap(client.Snapshots, "take", after=strike)
     wrap(client.Snapshots, "_read", before=lambda *_: first("-restore") and die())

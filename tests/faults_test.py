@@ -253,6 +253,18 @@ def test_a_memory_tier_that_is_not_what_was_saved_is_refused(job, control, tmp_p
   assert_as_if_nothing_had_happened(j, control(1, changes))
 
 
+@pytest.mark.parametrize("step", [9, STEPS])
+def test_a_checkpoint_that_one_host_cannot_read_back_is_saved_again(job, control, tmp_path, step):
+  """In the midst, at the next step of the log; the last one, in its place."""
+  j = job(2, {"Checkpoint.every_steps": 9}, environment=fault(f"misread:{step}", tmp_path))
+  j.finish()
+  assert any(f"checkpoint {step} is damaged, by host(s) 1; saved again at once" in e["message"] for e in j.events("alarm"))
+  saves = [e["step"] for e in j.events("save")]
+  assert saves == [9, 18, 27, 30, 30] if step == STEPS else len(saves) == 5 and set(saves) > {9, 18, 27, 30}, saves
+  assert len(list((j.run_dir / "checkpoints" / str(STEPS)).glob("good.*"))) == 2
+  assert_as_if_nothing_had_happened(j, control(2, {"Checkpoint.every_steps": 9}))
+
+
 def test_sigterm_saves_and_the_same_command_resumes(job, control, tmp_path):
   """Row 13: SIGTERM on one host; all save the same step, in memory and in a checkpoint, and end with 143."""
   j = job(2)

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 
 from moe import checkpoint
@@ -229,7 +228,7 @@ class Snapshots:
       fingerprints, data = header["fingerprints"], header["data"]
     except (ValueError, KeyError) as error:
       problem = repr(error)
-    if not min(_all_hosts(int(not problem))):  # all hosts go on, or none: what follows is computed by all together
+    if not min(checkpoint.all_hosts(int(not problem))):  # all hosts go on, or none: what follows is computed by all together
       raise checkpoint.CheckpointError(f"the snapshot of step {self.offered_step()} cannot be read: "
                                        f"{problem or 'another host has no part of it'}")
     wrong = [name for name, value in checkpoint.digests(state).items() if fingerprints.get(name) != value]
@@ -245,7 +244,7 @@ class Snapshots:
     self._finished()
     for _ in range(100):  # until the last commit has reached every host
       self._reserve()
-      steps = _all_hosts(self._restorable["step"])
+      steps = checkpoint.all_hosts(self._restorable["step"])
       if min(steps) == max(steps):
         break
       time.sleep(0.1)
@@ -313,7 +312,7 @@ class Snapshots:
       slot = self._ask({"do": "begin", "step": step})[0].get("slot")
     except (WireError, OSError) as error:
       problem = self._lost(error)
-    together = min(_all_hosts(int(slot is not None)))  # what follows is computed by all hosts or by none
+    together = min(checkpoint.all_hosts(int(slot is not None)))  # what follows is computed by all hosts or by none
     if not together:
       with contextlib.suppress(WireError):
         if slot is not None:
@@ -376,13 +375,6 @@ class Snapshots:
         time.sleep(0.02)
         self._ask({"do": "status"})
     return self.committed >= step
-
-
-def _all_hosts(value: int) -> list[int]:
-  """Every host's value, on every host."""
-  if jax.process_count() == 1:
-    return [value]
-  return [int(v) for v in multihost_utils.process_allgather(np.int32(value))]
 
 
 def _shard(leaf: jax.Array, piece: Piece) -> jax.Array:

@@ -40,11 +40,20 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   parser.add_argument("--supervise", action="store_true",
                       help="train under a supervisor, with snapshots in the hosts' memory (docs/faults.md)")
   parser.add_argument("--token_file", metavar="FILE", help="with --supervise on several hosts: the job's secret, mode 600")
-  parser.add_argument("--tls", metavar="CERTIFICATE,KEY,AUTHORITY", help="with --supervise: mutual TLS between the hosts")
+  parser.add_argument("--tls", metavar="CERTIFICATE,KEY,AUTHORITY",
+                      help="mutual TLS between the hosts of --multihost (jax >= 0.12)")
   parser.add_argument("--print_config", action="store_true", help="print the resolved config and stop")
   parser.add_argument("--dry_run", action="store_true", help="check config, mesh and data, print the sizes, and stop")
   parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
   return parser.parse_known_args(argv)
+
+
+def tls(text: str | None) -> list[str]:
+  """Files of the certificate, its key and the authority of --tls; three times "" without it."""
+  files = text.split(",") if text else ["", "", ""]
+  if len(files) != 3:
+    raise ConfigError(f"--tls={text} is not CERTIFICATE,KEY,AUTHORITY")
+  return files
 
 
 def hosts(text: str) -> tuple:

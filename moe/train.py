@@ -19,6 +19,7 @@ if __name__ == "__main__":
 # ruff: noqa: E402
 import argparse
 import contextlib
+import inspect
 import json
 import logging
 import math
@@ -71,7 +72,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
 
   # ------------------------------------------------------------------------------------------------ devices and mesh
   if arguments.multihost:
-    jax.distributed.initialize(*command_line.hosts(arguments.multihost))
+    jax.distributed.initialize(*command_line.hosts(arguments.multihost), **_coordination(arguments))
   first_host = jax.process_index() == 0
   mesh = sharding.make_mesh(run.mesh)
   sharding.check_run(run, mesh)
@@ -279,6 +280,19 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- preparation
+
+
+def _coordination(arguments: argparse.Namespace) -> dict:
+  """How JAX's coordination service listens: under a supervisor on the address it is told alone, with --tls by mutual TLS."""
+  found = {}
+  if command_line.SUPERVISED in os.environ:
+    found["coordinator_bind_address"] = command_line.hosts(arguments.multihost)[0]
+  if arguments.tls:
+    if "mtls_cert_file" not in inspect.signature(jax.distributed.initialize).parameters:
+      raise ConfigError(f"--tls: jax {jax.__version__} has no TLS for its coordination service, jax >= 0.12 has")
+    certificate, key, authority = command_line.tls(arguments.tls)
+    found |= {"mtls_cert_file": certificate, "mtls_key_file": key, "mtls_ca_file": authority, "verify_secure_credentials": True}
+  return found
 
 
 def _profile_window(text: str | None) -> tuple[int, int] | None:

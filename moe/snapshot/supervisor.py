@@ -32,7 +32,7 @@ from moe.snapshot import wire
 from moe.snapshot.wire import Link, WireError
 
 _LEADER_SECONDS = 600.0  # how long a host looks for its leader
-_FLAGS = ("--supervise", "--multihost", "--token_file", "--tls", "--run_dir", "--resume")  # not for the trainer as they are
+_FLAGS = ("--supervise", "--multihost", "--token_file", "--run_dir", "--resume")  # not for the trainer as they are
 
 
 class Trainer:
@@ -104,9 +104,7 @@ class Supervisor:
       raise config.ConfigError("--supervise on several hosts needs --token_file: the same secret on all of them "
                                "(head -c 32 /dev/urandom | base64 > FILE; chmod 600 FILE)")
     self._token = wire.read_token(arguments.token_file) if arguments.token_file else wire.new_token()
-    self._tls_files = arguments.tls.split(",") if arguments.tls else ["", "", ""]
-    if len(self._tls_files) != 3:
-      raise config.ConfigError(f"--tls={arguments.tls} is not CERTIFICATE,KEY,AUTHORITY")
+    self._tls_files = command_line.tls(arguments.tls)
     self._tls = wire.tls_contexts(*self._tls_files)
     self.limits = run.snapshot
     self.run_dir = epath.Path(arguments.run_dir or time.strftime("runs/%Y%m%d-%H%M%S"))

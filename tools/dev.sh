@@ -55,7 +55,7 @@ case "$verb" in
     TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 exec .venv-tpu/bin/python -m pytest -n 0 -m tpu "$@" ;;
   faults)
     environment .venv-test 11 -r tools/requirements_test.txt
-    exec .venv-test/bin/python -m pytest -n 0 tests/faults_test.py "$@" ;;
+    exec .venv-test/bin/python -m pytest -n 0 tests/faults_test.py tests/network_test.py "$@" ;;
   parity)
     environment .venv-parity 11 -r tools/requirements_test.txt "torch==2.13.0+cpu" "transformers==5.23.0" "lm-eval==0.4.13"
     exec .venv-parity/bin/python -m pytest -n 0 tests/hugging_face_test.py tests/lm_harness_test.py "$@" ;;

@@ -37,15 +37,20 @@ class Job:
   """`hosts` supervisors of one job; killing one kills its host, for its children die with it."""
 
   def __init__(self, run_dir, hosts: int, changes: dict | None = None, flags=(), trainer: str = "tests.fault_trainer",
-               environment=None, logs=None):
-    """`logs`: folder of the hosts' output and the token, where the run directory is on an object store."""
+               environment=None, logs=None, network=None, supervisor: str = "tools.local_job"):
+    """
+    Args:
+      logs: folder of the hosts' output and the token, where the run directory is on an object store.
+      network: gives every host an address and what goes before its command (tests/namespaces.py); default: all on loopback.
+      supervisor: the module that runs as the supervisor.
+    """
     self.run_dir, self.hosts = epath.Path(run_dir), hosts
     self.run_dir.mkdir(parents=True, exist_ok=True)
     self._logs = pathlib.Path(logs or run_dir)
     self.token = self._logs / "token"
     self.token.write_text(secrets.token_hex(32))
     self.token.chmod(0o600)
-    self._port = free_port()
+    self._port, self._network, self._supervisor = free_port(), network, supervisor
     bindings = {**MODEL, "Mesh.expert": hosts, "Snapshot.group_hosts": hosts, **(changes or {})}
     self._arguments = ["--supervise", f"--run_dir={self.run_dir}", "--allow_unused", *flags,
                        *(f"--gin.{key}={value}" for key, value in bindings.items())]
@@ -58,10 +63,11 @@ class Job:
 
   def start(self, host: int, token=None) -> subprocess.Popen:
     """A host, new or in the place of a lost one; with a token of its own it is a stranger."""
-    place = f"127.0.0.1:{self._port},{self.hosts},{host}"
+    address, before = (self._network.address(0), self._network.command(host)) if self._network else ("127.0.0.1", [])
+    place = f"{address}:{self._port},{self.hosts},{host}"
     several = [f"--multihost={place}", f"--token_file={token or self.token}"] if self.hosts > 1 else []
     with open(self._logs / f"log-{host}.txt", "a") as log:
-      process = subprocess.Popen([sys.executable, "-m", "tools.local_job", *self._arguments, *several], cwd=ROOT,
+      process = subprocess.Popen([*before, sys.executable, "-m", self._supervisor, *self._arguments, *several], cwd=ROOT,
                                  env=self._environment, stdout=log, stderr=log, start_new_session=True)
     if token is None:
       self.supervisors[host] = process

@@ -23,7 +23,7 @@ _DATA = {"moe_gin_config": ["configs/**/*.gin"], "moe_data_embedded": ["moe/data
          "tools_compile_check": ["tools/published_steps.json"],
          "tests_build_file_test": ["BUILD", "requirements.txt", "moe/**/*.py", "tools/**/*.py", "tests/**/*.py"]}
 _SLOW = {"tests_model_test", "tests_step_test", "tests_train_test", "tests_checkpoint_test", "tests_data_test",
-         "tests_bench_test", "tests_faults_test"}  # and those that need libtpu
+         "tests_bench_test", "tests_faults_test", "tests_network_test"}  # and those that need libtpu
 
 _HEAD = '''# Written by `python -m tools.update_build`; do not edit. pip is the normal way in, Bazel the layering check
 # (tools/bazel_check.sh).

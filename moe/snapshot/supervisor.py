@@ -193,7 +193,8 @@ class Supervisor:
     hello, deadline, told = {"role": "supervisor", "host": self.host}, time.monotonic() + _LEADER_SECONDS, False
     while time.monotonic() < deadline and not self._terminated:
       try:
-        link = wire.connect(self._leader_address, self._token, hello, self._tls[1], timeout=None)
+        link = wire.connect(self._leader_address, self._token, hello, self._tls[1])
+        link.patient()
       except WireError as error:
         if not told:
           self._say(f"no leader at {self._leader_address[0]}:{self._leader_address[1]} yet: {error}")

@@ -18,6 +18,7 @@ import stat
 import struct
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ _MAX_GREETING = 1 << 10
 _MAX_PENDING = 32  # strangers whose handshake is under way
 TIMEOUT_SECONDS = 30.0
 _HANDSHAKE_SECONDS = 5.0
+_LINES_A_MINUTE = 20  # about callers who are turned away
 
 
 class WireError(Exception):
@@ -108,11 +110,15 @@ class Link:
     return buffer
 
   def patient(self) -> None:
-    """Waits for the next message as long as the other side is alive; a dead one is noticed in half a minute."""
+    """Waits for the next message as long as the other side is alive; a dead one is noticed in half a minute.
+
+    Probes are sent only while nothing is under way; what is and is not acknowledged has a timeout of its own, a quarter of an
+    hour by default.
+    """
     self.sock.settimeout(None)
     self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, seconds in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
-      self.sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)
+    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 25_000)):
+      self.sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
   def close(self) -> None:
     with contextlib.suppress(OSError):
@@ -170,8 +176,8 @@ def _proof(token: bytes, side: str, mine: str, theirs: str, hello: str) -> str:
   return hmac.new(token, "|".join((side, mine, theirs, hello)).encode(), hashlib.sha256).hexdigest()
 
 
-def connect(address: tuple[str, int], token: bytes, hello: dict[str, Any], tls: ssl.SSLContext | None = None,
-            timeout: float = TIMEOUT_SECONDS) -> Link:
+def connect(address: tuple[str, int], token: bytes, hello: dict[str, Any],
+            tls: ssl.SSLContext | None = None) -> Link:
   """Connects and proves the token, and that the other side has it too.
 
   Args:
@@ -198,7 +204,7 @@ def connect(address: tuple[str, int], token: bytes, hello: dict[str, Any], tls: 
   except WireError:
     link.close()
     raise
-  sock.settimeout(timeout)
+  sock.settimeout(TIMEOUT_SECONDS)
   link.limit = _MAX_JSON
   return link
 
@@ -249,6 +255,7 @@ class Listener:
     self.address = self._socket.getsockname()[:2]
     self._token, self._serve, self._admit, self._tls, self._log = token, serve, admit, tls, log
     self._pending = threading.Semaphore(_MAX_PENDING)
+    self._minute, self._lines = -1, 0
     threading.Thread(target=self._accept, daemon=True, name="listener").start()
 
   def _accept(self) -> None:
@@ -272,9 +279,20 @@ class Listener:
       with contextlib.suppress(Closed):  # its way to say goodbye
         self._serve(link, hello)
     except WireError as error:
-      self._log(f"connection from {address[0]}: {error}")
+      self._complain(f"connection from {address[0]}: {error}")
     finally:
       link.close() if link else sock.close()
+
+  def _complain(self, text: str) -> None:
+    """A flood of strangers must not fill the disk either."""
+    minute = int(time.monotonic() // 60)
+    if minute != self._minute:
+      self._minute, self._lines = minute, 0
+    self._lines += 1
+    if self._lines <= _LINES_A_MINUTE:
+      self._log(text)
+    elif self._lines == _LINES_A_MINUTE + 1:
+      self._log("more connections are turned away; nothing is said of them for a minute")
 
   def close(self) -> None:
     self._socket.close()

@@ -1,6 +1,5 @@
 """Snapshots without a trainer: the code's arithmetic, the wire, and keepers of several hosts in this process."""
 
-import contextlib
 import itertools
 import json
 import os
@@ -21,15 +20,15 @@ import pytest
 from moe import config
 from moe.snapshot import client
 from moe.snapshot import decoding
-from moe.snapshot import keeper as keeper_lib
 from moe.snapshot import leader as leader_lib
 from moe.snapshot import memory
 from moe.snapshot import parity
 from moe.snapshot import supervisor
 from moe.snapshot import wire
 from moe.snapshot.wire import WireError
+from tools import local_keeper
 
-TOKEN = b"t" * 32
+TOKEN = local_keeper.TOKEN
 
 
 # ------------------------------------------------------------------------------------------------------------- parity
@@ -241,60 +240,16 @@ def test_the_token_file(tmp_path):
 # ------------------------------------------------------------------------------------------------------------- keepers
 
 
-class Host:
-  """A keeper in this process, with a trainer and a supervisor that are a few lines."""
-
-  def __init__(self, number: int, folder):
-    self.number, (ours, theirs) = number, socket.socketpair()
-    self.control, self.heard = wire.Link(ours, None), queue.Queue()
-    threading.Thread(target=self._read, daemon=True).start()
-    self.path = str(folder / f"keeper-{number}-{time.monotonic_ns()}")
-    self.keeper = keeper_lib.Keeper(wire.Link(theirs, None), TOKEN, "127.0.0.1", self.path)
-    threading.Thread(target=self.keeper.run, daemon=True).start()
-    self.hear("listening")
-
-  def _read(self):
-    with contextlib.suppress(WireError):
-      while True:
-        self.heard.put(self.control.receive()[0])
-
-  def hear(self, *keys, seconds=20):
-    """The next message of the keeper with one of these keys."""
-    while True:
-      message = self.heard.get(timeout=seconds)
-      if any(key in message for key in keys):
-        return message
-
-  def attach(self, generation, sizes, slots=2):
-    sock = socket.socket(socket.AF_UNIX)
-    sock.connect(self.path)
-    self.trainer, self.generation = wire.Link(sock, 20), generation
-    self.answer = self.ask({"do": "attach", "layout": "L", "sizes": sizes, "slots": slots})
-    self.slots = memory.received(sock, self.answer["slots"])
-
-  def ask(self, message):
-    self.trainer.send({**message, "generation": self.generation})
-    while True:
-      answer, payload = self.trainer.receive()
-      if answer.keys() != {"committed"}:
-        self.payload = payload
-        return answer
-
+class Host(local_keeper.Host):
   def write(self, step, data):
     """As a trainer does; False when the keeper is busy."""
-    answer = self.ask({"do": "begin", "step": step})
-    if "busy" in answer:
-      return False
-    self.slots[answer["slot"]][: len(data)] = data
-    self.ask({"do": "ready", "step": step, "header": json.dumps({"step": step, "host": self.number})})
-    return True
+    copied = self.copied(step, data)
+    if copied:
+      self.ready(step)
+    return copied
 
   def copy(self, step):
     return next(c for c in self.keeper.copies if c.step == step)
-
-  def close(self):
-    self.control.close()
-    self.keeper.listener.close()
 
 
 class Cluster:
@@ -309,11 +264,7 @@ class Cluster:
       host.attach(self.generation, self.sizes)
 
   def configure(self):
-    peers = {str(h.number): list(h.keeper.listener.address) for h in self.hosts}
-    for host in self.hosts:
-      host.control.send({"do": "configure", "generation": self.generation, "host": host.number, "group": list(range(self.n)),
-                         "parity": self.m, "peers": peers, "check_share": 0.01})
-    return [host.hear("configured")["inventory"] for host in self.hosts]
+    return local_keeper.configure(self.hosts, self.m, self.generation)
 
   def snapshot(self, step, commit=True, hosts=None):
     """Messages of the hosts: prepared or skipped."""

@@ -12,10 +12,7 @@ import argparse
 import json
 import os
 import pathlib
-import queue
-import socket
 import statistics
-import threading
 import time
 
 import jax
@@ -27,48 +24,10 @@ from moe import command_line
 from moe import gin_config
 from moe.snapshot import client
 from moe.snapshot import copies
-from moe.snapshot import keeper as keeper_lib
 from moe.snapshot import memory
 from moe.snapshot import parity
 from moe.snapshot import wire
-from moe.snapshot.wire import Link, WireError
-
-_TOKEN = b"bench" * 8
-
-
-class Host:
-  """A keeper in this process, with the bench as its supervisor; `pool` answers are in `heard`."""
-
-  def __init__(self, folder: str, number: int, hosts: int, m: int):
-    ours, theirs = socket.socketpair()
-    self.control, self.heard = Link(ours, None), queue.Queue()
-    self.path = f"{folder}/keeper-{number}"
-    self.keeper = keeper_lib.Keeper(Link(theirs, None), _TOKEN, "127.0.0.1", self.path)
-    threading.Thread(target=self.keeper.run, daemon=True).start()
-    threading.Thread(target=self._read, daemon=True).start()
-
-  def _read(self):
-    try:
-      while True:
-        self.heard.put(self.control.receive()[0])
-    except WireError:
-      pass
-
-  def hear(self, *keys):
-    while True:
-      message = self.heard.get(timeout=120)
-      if any(key in message for key in keys):
-        return message
-
-
-def cluster(folder: str, hosts: int, m: int) -> list[Host]:
-  made = [Host(folder, h, hosts, m) for h in range(hosts)]
-  for number, host in enumerate(made):
-    host.control.send({"do": "configure", "generation": 1, "host": number, "group": list(range(hosts)), "parity": m,
-                       "peers": {str(h): list(o.keeper.listener.address) for h, o in enumerate(made)}, "check_share": 0.01})
-    host.hear("configured")
-  return made
-
+from tools import local_keeper
 
 def best(function, repeats: int = 5) -> float:
   seconds = []
@@ -102,7 +61,8 @@ def one_host(gb: float, repeats: int) -> dict:
   state = state_of(gb)
   step_seconds = best(lambda: jax.block_until_ready(jax.tree.map(lambda x: x + 1, state)), 2)
   folder = wire.socket_folder()
-  host = cluster(folder, 1, 0)[0]
+  host = local_keeper.Host(0, folder)
+  local_keeper.configure([host], 0)
   os.environ[command_line.SUPERVISED] = json.dumps({"socket": host.path, "generation": 1, "step": None, "host": 0, "hosts": 1,
                                                     "beat_fd": -1, "parent": os.getppid()})
   run = gin_config.resolve([gin_config.CONFIGS / "run" / "quickstart.gin"]).run
@@ -120,7 +80,7 @@ def one_host(gb: float, repeats: int) -> dict:
   for step in range(1, repeats + 1):
     begin = time.perf_counter()
     (_, fields), = snapshots.take(step, state, dict)
-    prepared = host.hear("prepared")
+    prepared = host.hear("prepared", seconds=120)
     rows["commit"].append(time.perf_counter() - begin)
     host.control.send({"do": "commit", "step": prepared["prepared"]})
     snapshots.wait(step)
@@ -139,40 +99,39 @@ def one_host(gb: float, repeats: int) -> dict:
           "resident_first_gb": resident[0], "resident_last_gb": resident[-1]}
 
 
+def needed_gb(gb: float, hosts: int, m: int) -> float:
+  """Memory of all the snapshots' copies and parity on this machine."""
+  shape = copies.geometry(parity.Code(hosts, m), round(gb * 1e9 / hosts))
+  return 2 * hosts * (shape.data_bytes + shape.parity_bytes) / 1e9
+
+
 def several_hosts(gb: float, hosts: int, m: int, repeats: int = 3) -> dict:
   """All hosts' keepers on this machine: from `ready` on all to `prepared` on all."""
-  folder = wire.socket_folder()
-  made, size = cluster(folder, hosts, m), round(gb * 1e9 / hosts)
-  seconds = []
-  for number, host in enumerate(made):
-    sock = socket.socket(socket.AF_UNIX)
-    sock.connect(host.path)
-    host.trainer = Link(sock, 120)
-    answer, _ = host.trainer.ask({"do": "attach", "layout": "L", "sizes": [size] * hosts, "slots": 2, "generation": 1})
-    host.slots = memory.received(sock, answer["slots"])
-    host.source = np.random.default_rng(number).integers(0, 256, size, np.uint8)
+  folder, size = wire.socket_folder(), round(gb * 1e9 / hosts)
+  made = [local_keeper.Host(number, folder) for number in range(hosts)]
+  local_keeper.configure(made, m)
+  seconds, source = [], np.random.default_rng(0).integers(0, 256, size, np.uint8)
+  for host in made:
+    host.attach(1, [size] * hosts)
   for step in range(1, repeats + 1):
     for host in made:
-      while (answer := host.trainer.ask({"do": "begin", "step": step, "generation": 1})[0]).keys() == {"committed"}:
-        pass
-      host.slots[host.trainer.receive()[0]["slot"] if "slot" not in answer else answer["slot"]][:size] = host.source
+      assert host.copied(step, source)
     begin = time.perf_counter()
     for host in made:
-      host.trainer.ask({"do": "ready", "step": step, "header": "{}", "generation": 1})
+      host.ready(step)
     for host in made:
-      message = host.hear("prepared", "skipped")
+      message = host.hear("prepared", "skipped", seconds=120)
       assert "prepared" in message, message
     seconds.append(time.perf_counter() - begin)
     for host in made:
       host.control.send({"do": "commit", "step": step})
-    time.sleep(0.3)
-    for host in made:
-      host.trainer.receive()  # what it says of the commit
+    while any(host.keeper.committed != step for host in made):
+      time.sleep(0.01)
   for host in made:
     host.keeper._forget()
-  shape = copies.geometry(parity.Code(hosts, m), size)
+    host.close()
   return {"gb": gb, "hosts": hosts, "m": m, "seconds": min(seconds), "sent_gb": hosts * m * size / 1e9,
-          "memory_gb": 2 * hosts * (shape.data_bytes + shape.parity_bytes) / 1e9}
+          "memory_gb": needed_gb(gb, hosts, m)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -187,14 +146,22 @@ def main(argv: list[str] | None = None) -> int:
   for name, value in found["speeds"].items():
     print(f"{name:28} {value:6.2f} GB/s  {value / copy:.2f} of the memory copy", flush=True)
   for gb in map(float, arguments.gb.split(",")):
-    r = one_host(gb, arguments.repeats)
-    found["one_host"].append(r)
-    print(f"{gb:g} GB, one host: allocated in {r['allocate']:.2f} s; stall {r['stall']:.3f} s "
-          f"({gb / r['stall']:.1f} GB/s, {gb / r['stall'] / copy:.2f} of the memory copy), fingerprint alone "
-          f"{r['fingerprint']:.3f}; digested after {r['commit']:.3f} s | Orbax: "
-          f"blocks {r['orbax block']:.3f} s, done after {r['orbax total']:.2f} s | "
-          f"resident {r['resident_first_gb']:.2f} -> {r['resident_last_gb']:.2f} GB", flush=True)
-    for m in (1, 2) if 5 * gb * 1e9 < memory.available_bytes() else ():
+    if 5 * gb * 1e9 < memory.available_bytes():  # the state, twice in slots, once by Orbax, and what the fingerprint takes
+      r = one_host(gb, arguments.repeats)
+      found["one_host"].append(r)
+      print(f"{gb:g} GB, one host: allocated in {r['allocate']:.2f} s; stall {r['stall']:.3f} s "
+            f"({gb / r['stall']:.1f} GB/s, {gb / r['stall'] / copy:.2f} of the memory copy), fingerprint alone "
+            f"{r['fingerprint']:.3f}; digested after {r['commit']:.3f} s | Orbax: "
+            f"blocks {r['orbax block']:.3f} s, done after {r['orbax total']:.2f} s | "
+            f"resident {r['resident_first_gb']:.2f} -> {r['resident_last_gb']:.2f} GB", flush=True)
+    else:
+      print(f"{gb:g} GB, one host: does not fit beside Orbax in the {memory.available_bytes() / 1e9:.1f} GB left", flush=True)
+    for m in (1, 2):
+      need = needed_gb(gb, arguments.hosts, m)
+      if (need + gb) * 1e9 > memory.available_bytes():
+        print(f"{gb:g} GB, {arguments.hosts} hosts on this machine, m = {m}: {need:.1f} GB of snapshots do not fit in the "
+              f"{memory.available_bytes() / 1e9:.1f} GB that are left", flush=True)
+        continue
       s = several_hosts(gb, arguments.hosts, m)
       found["several_hosts"].append(s)
       print(f"{gb:g} GB, {arguments.hosts} hosts on this machine, m = {m}: prepared {s['seconds']:.2f} s after the copy, "

@@ -197,6 +197,7 @@ def test_lost_hosts_are_decoded_onto_replacements(job, control, hosts, m, lost):
     j.start(host)
   j.finish()
   assert_recovered(j, "decoded", 6)
+  assert [e["host"] for e in j.events("protected")] == list(lost)
   assert_as_if_nothing_had_happened(j, control(hosts, changes))
 
 

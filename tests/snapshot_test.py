@@ -362,6 +362,25 @@ def test_one_host_too_many_is_refused(cluster):
   assert "unverified" in answers[1] and "blocks of stripe" in answers[1]["reason"]
 
 
+@pytest.mark.parametrize("n, m", [(3, 1), (4, 2)])
+def test_a_decoded_host_holds_parity_again(cluster, n, m):
+  """So another host may be lost before the next snapshot; without it not."""
+  for protected in (True, False):
+    c = cluster(n, m)
+    c.snapshot(1)
+    c.lose(*range(m))
+    assert all("verified" in a for a in c.recover(1))
+    for host in c.hosts[: m if protected else 0]:
+      host.control.send({"do": "protect", "step": 1})
+    assert all(host.hear("protected", "log", "error").get("protected") == 1 for host in c.hosts[: m if protected else 0])
+    c.lose(*range(m, 2 * m))
+    answers = c.recover(1)
+    assert all("verified" in a for a in answers) == protected, answers
+    if protected:
+      assert c.is_whole(1)
+      assert c.hosts[m].copy(1).header == json.dumps({"step": 1, "host": m})
+
+
 def test_one_host_alone(cluster):
   c = cluster(1, 0)
   c.snapshot(1)

@@ -155,6 +155,17 @@ class Keeper:
 
     threading.Thread(target=work, daemon=True).start()
 
+  def _do_protect(self, message: dict) -> None:
+    """The copies of all hosts are proven, and this one's was decoded: the parity it is to hold is computed again."""
+    def work():
+      try:
+        self._protect(message["step"])
+        self._tell({"protected": message["step"]})
+      except (WireError, copies.GivenUp) as error:  # then the next snapshot brings it
+        self._log(f"the parity of step {message['step']} is not computed again: {error}")
+
+    threading.Thread(target=work, daemon=True).start()
+
   # ----------------------------------------------------------------------------------------------------------- trainer
 
   def _open_socket(self) -> None:
@@ -464,8 +475,9 @@ class Keeper:
       return {}, data
     if do == "get_record":
       for copy in self.copies:
-        if copy.step == step and message["member"] in copy.records:
-          header, table = copy.records[message["member"]]
+        known = {**copy.records, self._place(): (copy.header, copy.table)}
+        if copy.step == step and message["member"] in known:
+          header, table = known[message["member"]]
           return {"header": header, "table": copies.text_of(table), "layout": self.layout, "sizes": self.sizes,
                   "slots": len(self.copies)}, b""
       raise WireError(f"no record of step {step}")
@@ -540,6 +552,27 @@ class Keeper:
       if memory.digest(copy.chunk(segment, i)) != int(copy.table[c]):
         raise WireError(f"chunk {c} of step {step} does not decode to its digest")
     return copy, len(bad)
+
+  def _protect(self, step: int) -> None:
+    """Records and parity of this host for a step, from the data of the members. Raises WireError, GivenUp."""
+    copy, me = self._copy(step), self._place()
+    epoch = copy.epoch
+    for place, host in enumerate(self.group):
+      if host != self.host and place not in copy.records:
+        answer, _ = self._ask(host, {"do": "get_record", "step": step, "member": place})
+        with self._changed:
+          self._current(copy, epoch)
+          copy.records[place] = answer["header"], copies.table_of(answer["table"])
+    for held, (stripe, row) in enumerate(self.code.rows(me)):
+      for i in np.flatnonzero(~copy.verified[held]).tolist():
+        total = np.zeros(copy.shape.chunk, np.uint8)
+        for place in self.code.members(stripe):
+          segment = self.code.stripes(place).index(stripe)
+          _, data = self._ask(self.group[place], {"do": "get", "kind": "data", "step": step, "segment": segment, "chunk": i})
+          if memory.digest(data) != int(copy.records[place][1][segment * copy.shape.chunks + i]):
+            raise WireError(f"chunk {i} of host {self.group[place]} is not the one in its digest table")
+          parity.accumulate(total, self.code.coefficient(row, stripe, place), data)
+        copy.set_parity(held, i, total, epoch)
 
   def _record_from_peers(self, step: int, member: int) -> tuple[str, np.ndarray]:
     """This host's header and digests as the others of the group hold them; and memory for them."""

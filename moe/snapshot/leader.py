@@ -219,6 +219,7 @@ class Leader:
         self._say(f"memory tier: step {step}" + "".join(f", {n} chunk(s) of host {h} decoded" for h, n in repaired.items()))
         self._record("recovery", tier="decoded" if repaired else "memory", step=step, repaired=repaired,
                      seconds=max(a["seconds"] for a in answers.values()))
+        self._tell({"do": "keeper", "message": {"do": "protect", "step": step}}, repaired)
         return step
       self._say(f"memory tier: step {step} refused: " + "; ".join(f"host {h}: {why}" for h, why in refused.items()))
       self._record("refused", tier="memory", step=step, reasons=list(refused.values()))
@@ -280,6 +281,8 @@ class Leader:
             self._record("commit", step=self.committed, bytes=body["bytes"], seconds=body["seconds"])
             prepared.clear()
             self._publish()
+        elif "protected" in body:
+          self._record("protected", host=host, step=body["protected"])
         elif "skipped" in body and body["skipped"] > self.committed and body["skipped"] not in abandoned:
           abandoned.add(body["skipped"])
           self._tell({"do": "keeper", "message": {"do": "abandon", "step": body["skipped"]}})

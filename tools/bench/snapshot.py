@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
       print(f"{gb:g} GB, one host: does not fit beside Orbax in the {memory.available_bytes() / 1e9:.1f} GB left", flush=True)
     for m in (1, 2):
       need = needed_gb(gb, arguments.hosts, m)
-      if (need + gb) * 1e9 > memory.available_bytes():
+      if (need + gb / arguments.hosts) * 1e9 > memory.available_bytes():
         print(f"{gb:g} GB, {arguments.hosts} hosts on this machine, m = {m}: {need:.1f} GB of snapshots do not fit in the "
               f"{memory.available_bytes() / 1e9:.1f} GB that are left", flush=True)
         continue

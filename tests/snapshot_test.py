@@ -638,6 +638,24 @@ def test_memory_is_flat_over_many_snapshots(cluster):
   assert resident() - before < 8 << 20  # one copy is 1.2 MB; 100 that stayed would be 120
 
 
+def test_memory_that_is_given_up_is_free(cluster):
+  """No thread that waits for its next message keeps a copy mapped."""
+  def mapped():
+    return sum("memfd:moe-" in line for line in pathlib.Path("/proc/self/maps").read_text().splitlines())
+
+  before = mapped()
+  c = cluster(3, 1)
+  c.snapshot(1)
+  assert mapped() > before
+  for host in c.hosts:
+    host.slots = []
+    host.keeper._forget()
+  deadline = time.monotonic() + 5
+  while mapped() > before:
+    assert time.monotonic() < deadline, mapped() - before
+    time.sleep(0.01)
+
+
 def test_the_memory_outlives_its_writer():
   """A writer killed with SIGKILL leaves the region as it was; its size is sealed."""
   region = memory.Region("test", 10000)

@@ -72,6 +72,7 @@ class Host:
   def close(self) -> None:
     self.control.close()
     self.keeper.listener.close()
+    self.slots = []  # the memory goes with its last mapping
 
 
 def configure(hosts: list[Host], parity_hosts: int, generation: int = 1) -> list[dict]:

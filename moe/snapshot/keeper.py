@@ -436,6 +436,7 @@ class Keeper:
         answer = {"refused": str(error)}, b""
       if answer is not None:
         link.send(*answer)
+      answer = None  # it may be a view that keeps a copy's memory, while the next message is waited for
 
   def _answer_peer(self, place: int, message: dict, payload: np.ndarray, received: list[int]):
     do, step = message["do"], message.get("step")

@@ -1,4 +1,4 @@
-"""What a snapshot costs beside Orbax on this machine: `python -m tools.bench.snapshot [--gb=0.2,1,4] [--hosts=4]`
+"""What a snapshot costs beside Orbax on this machine: `python -m tools.bench.snapshot [--gb=0.2,1,4] [--hosts=4] [--no_orbax]`
 
 In one run, in turn: (1) this machine's memory copy, digest and parity speeds; (2) a state of that size in JAX on one host:
 the stall of a snapshot (with the fingerprint's time apart) and the time to its commit, beside Orbax's asynchronous save of the
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import time
 
@@ -93,6 +94,7 @@ def one_host(gb: float, repeats: int) -> dict:
     resident.append(int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * memory.PAGE / 1e9)
   manager.close()
   host.keeper._forget()
+  shutil.rmtree(folder)
   del os.environ[command_line.SUPERVISED]
   middle = {name: statistics.median(values[1:] or values) for name, values in rows.items()}
   return {"gb": gb, "allocate": faulted, "fingerprint": fingerprint, "sweep": step_seconds, **middle,
@@ -130,6 +132,7 @@ def several_hosts(gb: float, hosts: int, m: int, repeats: int = 3) -> dict:
   for host in made:
     host.keeper._forget()
     host.close()
+  shutil.rmtree(folder)
   return {"gb": gb, "hosts": hosts, "m": m, "seconds": min(seconds), "sent_gb": hosts * m * size / 1e9,
           "memory_gb": needed_gb(gb, hosts, m)}
 
@@ -138,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m tools.bench.snapshot", description=__doc__.splitlines()[0])
   parser.add_argument("--gb", default="0.2,1,4", help="sizes of the state over all hosts")
   parser.add_argument("--hosts", type=int, default=4)
+  parser.add_argument("--no_orbax", action="store_true", help="the snapshot processes of several hosts alone: less memory")
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--json", type=pathlib.Path)
   arguments = parser.parse_args(argv)
@@ -145,17 +149,19 @@ def main(argv: list[str] | None = None) -> int:
   copy = found["speeds"]["memory copy"]
   for name, value in found["speeds"].items():
     print(f"{name:28} {value:6.2f} GB/s  {value / copy:.2f} of the memory copy", flush=True)
-  for gb in map(float, arguments.gb.split(",")):
-    if 5 * gb * 1e9 < memory.available_bytes():  # the state, twice in slots, once by Orbax, and what the fingerprint takes
-      r = one_host(gb, arguments.repeats)
-      found["one_host"].append(r)
-      print(f"{gb:g} GB, one host: allocated in {r['allocate']:.2f} s; stall {r['stall']:.3f} s "
-            f"({gb / r['stall']:.1f} GB/s, {gb / r['stall'] / copy:.2f} of the memory copy), fingerprint alone "
-            f"{r['fingerprint']:.3f}; digested after {r['commit']:.3f} s | Orbax: "
-            f"blocks {r['orbax block']:.3f} s, done after {r['orbax total']:.2f} s | "
-            f"resident {r['resident_first_gb']:.2f} -> {r['resident_last_gb']:.2f} GB", flush=True)
-    else:
+  sizes = list(map(float, arguments.gb.split(",")))
+  for gb in [] if arguments.no_orbax else sizes:
+    if 5 * gb * 1e9 > memory.available_bytes():  # the state, twice in slots, once by Orbax, and what the fingerprint takes
       print(f"{gb:g} GB, one host: does not fit beside Orbax in the {memory.available_bytes() / 1e9:.1f} GB left", flush=True)
+      continue
+    r = one_host(gb, arguments.repeats)
+    found["one_host"].append(r)
+    print(f"{gb:g} GB, one host: allocated in {r['allocate']:.2f} s; stall {r['stall']:.3f} s "
+          f"({gb / r['stall']:.1f} GB/s, {gb / r['stall'] / copy:.2f} of the memory copy), fingerprint alone "
+          f"{r['fingerprint']:.3f}; digested after {r['commit']:.3f} s | Orbax: "
+          f"blocks {r['orbax block']:.3f} s, done after {r['orbax total']:.2f} s | "
+          f"resident {r['resident_first_gb']:.2f} -> {r['resident_last_gb']:.2f} GB", flush=True)
+  for gb in sizes:
     for m in (1, 2):
       need = needed_gb(gb, arguments.hosts, m)
       if (need + gb / arguments.hosts) * 1e9 > memory.available_bytes():

@@ -146,7 +146,7 @@ class Checkpointer:
     self._reader: subprocess.Popen | None = None
     self._damaged: set[int] = set()  # steps that are known to be
     self._last, self._misread = -1, 0  # the last step saved; checkpoints in a row whose part here did not read back
-    self._news = False  # such a one that the other hosts have not heard of
+    self._news = -1  # such a one that the other hosts have not heard of
 
   def steps(self) -> list[int]:
     """Those that every host sees: a listing may fail for a moment on one of them, and all must choose the same."""
@@ -179,7 +179,7 @@ class Checkpointer:
     step, said, code = self._unread, self._reader.communicate()[0].strip(), self._reader.returncode
     self._reader = self._unread = None
     if code in (1, 2):
-      self._misread, self._news = self._misread + 1, True
+      self._misread, self._news = self._misread + 1, step
       return [f"checkpoint {step} does not read back as it was saved: {said}"]
     if not code:
       self._misread = 0
@@ -191,19 +191,19 @@ class Checkpointer:
     Returns:
       (whether to save again because the last checkpoint did not read back on some host, what to say of it)
     """
-    counts = all_hosts(self._misread if self._news else 0)
-    if not any(counts):
+    found, counts = all_hosts(self._news), all_hosts(self._misread)
+    step, self._news = max(found), -1
+    if step < 0:
       return False, []
-    self._news, self._unread = False, None
-    self._damaged.add(self._last)
-    good = None
+    self._damaged.add(step)
+    hosts, count, good = [h for h, n in enumerate(found) if n == step], max(counts), None
     with contextlib.suppress(*storage_errors()):
       good = next((step for step in sorted(self._manager.all_steps(), reverse=True) if self.good(step)), None)
-    wanted = max(counts) <= _MAX_AGAIN
+    wanted = step == self._last and count <= _MAX_AGAIN
     return wanted, [
-        f"checkpoint {self._last} is damaged, by host(s) {', '.join(str(h) for h, n in enumerate(counts) if n)}; "
-        + (f"saved again at once ({max(counts)} of {_MAX_AGAIN})" if wanted else
-           f"so were the {_MAX_AGAIN} before, so the next is saved when it is due")
+        f"checkpoint {step} is damaged, by host(s) {', '.join(map(str, hosts))}; "
+        + (f"saved again at once ({count} of {_MAX_AGAIN})" if wanted else f"there is one of step {self._last} by now"
+           if step < self._last else f"so were the {_MAX_AGAIN} before, so the next is saved when it is due")
         + (f"; the newest good one is {good}" if good is not None else "; none is known to be good")]
 
   def save(self, step: int, state: Any, data: dict, run: config.Run, operative: str) -> list[str]:

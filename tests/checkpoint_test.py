@@ -141,7 +141,10 @@ def test_what_does_not_read_back_is_saved_again_but_not_for_ever(tmp_path, run, 
   assert "so were the 2 before" in said and one.steps() == [1, 4]
   assert one.save(6, state, DATA, run, "") == [] and one.read_back() == []
   assert one.save(7, state, DATA, run, "") == [] and misread(one) and one.again()[0]  # a good one between: counted anew
-  assert one.steps() == [6, 7] and one.close() == []
+  assert one.save(8, state, DATA, run, "") == [] and misread(one) and one.save(9, state, DATA, run, "") == []
+  wanted, (said,) = one.again()  # heard of when the next one is there already
+  assert not wanted and "checkpoint 8 is damaged" in said and "one of step 9 by now" in said
+  assert one.close() == [] and one.good(9) and saver(tmp_path).steps() == [6, 9]
 
 
 def test_a_damaged_checkpoint_is_replaced(tmp_path, run):

@@ -176,8 +176,7 @@ def _proof(token: bytes, side: str, mine: str, theirs: str, hello: str) -> str:
   return hmac.new(token, "|".join((side, mine, theirs, hello)).encode(), hashlib.sha256).hexdigest()
 
 
-def connect(address: tuple[str, int], token: bytes, hello: dict[str, Any],
-            tls: ssl.SSLContext | None = None) -> Link:
+def connect(address: tuple[str, int], token: bytes, hello: dict[str, Any], tls: ssl.SSLContext | None = None) -> Link:
   """Connects and proves the token, and that the other side has it too.
 
   Args:

@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{name:28} {value:6.2f} GB/s  {value / copy:.2f} of the memory copy", flush=True)
   sizes = list(map(float, arguments.gb.split(",")))
   for gb in [] if arguments.no_orbax else sizes:
-    if 5 * gb * 1e9 > memory.available_bytes():  # the state, twice in slots, once by Orbax, and what the fingerprint takes
+    if 7 * gb * 1e9 > memory.available_bytes():  # 6.5 times the state is resident, Orbax and the fingerprint included
       print(f"{gb:g} GB, one host: does not fit beside Orbax in the {memory.available_bytes() / 1e9:.1f} GB left", flush=True)
       continue
     r = one_host(gb, arguments.repeats)

@@ -66,3 +66,15 @@ def test_refuses_shapes_and_names():
     gm.grouped_matmul(lhs, rhs, sizes, backend="loop")
   with pytest.raises(ValueError, match="no backend 'fast'"):
     gm.grouped_matmul(lhs, jnp.ones((2, 3, 2)), sizes, backend="fast")
+
+
+@pytest.mark.parametrize("rows, contract, columns, groups, mebibytes, want", [
+    (65536, 2048, 1408, 64, 16, (128, 2048, 1408)),  # all of k
+    (16384, 4096, 14336, 8, 16, (256, 4096, 512)),
+    # All of k fits with 128 columns only, which read the rows 32 times: by the static twin 18.2 ms on v5p, and this 9.8.
+    (16384, 14336, 4096, 8, 16, (256, 1024, 2048)),
+    (16384, 14336, 4096, 8, 32, (256, 1024, 4096)),
+    (64, 128, 128, 4, 0, (128, 128, 128))])  # nothing fits
+def test_tile_of_the_ragged_dot(rows, contract, columns, groups, mebibytes, want):
+  m, k, n = gm.tiling(rows, contract, columns, groups, mebibytes << 20)
+  assert (m, k, n) == want and contract % k == columns % n == 0

@@ -68,21 +68,28 @@ SCOPED = {"TPU v4": 16 << 20, "TPU v5 lite": 16 << 20, "TPU v5": 16 << 20, "TPU 
 
 
 def tiling(rows: int, contract: int, columns: int, num_groups: int, scoped_bytes: int) -> tuple[int, int, int]:
-  """(m, k, n) tile of XLA's ragged dot for bfloat16: all of k, so that an expert's block stays while its rows pass.
+  """(m, k, n) tile of XLA's ragged dot for bfloat16, of those that fit doubly buffered with a float32 result: by the least
+  traffic, then the largest k.
 
-  m is 128, or 256 where an expert has so many rows that the halves of tiles it shares with its neighbours do not count; n is
-  the widest block of 128s that divides the columns and fits, doubly buffered, with a float32 result.
+  m is 128, or 256 where an expert has so many rows that the halves of tiles it shares with its neighbours do not count. All of
+  k lets an expert's block stay while its rows pass; at least 1024 of it, for short products wait for the sum in memory.
   """
   m = 256 if rows >= 2048 * num_groups else 128
+  visits = rows // m + num_groups
 
-  def size(n):
-    return 4 * (m * contract + contract * n + m * n) + 4 * m * n
+  def size(k, n):
+    return 4 * (m * k + k * n + m * n) + 4 * m * n
 
-  fits = [n for n in range(128, columns + 1, 128) if columns % n == 0 and size(n) <= scoped_bytes * 7 // 8]
-  if not fits:
-    contract = next((k for k in range(contract // 2 // 128 * 128, 0, -128) if contract % k == 0 and
-                     4 * (m * k + k * 128 + m * 128) + 4 * m * 128 <= scoped_bytes * 7 // 8), 128)
-  return m, contract, max(fits, default=128)
+  def moved(k, n):
+    return columns // n * visits * m * contract + (num_groups if k == contract else visits) * contract * columns
+
+  def parts(total, least):
+    return [n for n in range(least, total + 1, 128) if total % n == 0] or [total]
+
+  options = [(k, n) for k in parts(contract, min(1024, contract)) for n in parts(columns, 128)
+             if size(k, n) <= scoped_bytes * 7 // 8]
+  k, n = min(options, key=lambda tile: (moved(*tile), -tile[0]), default=(128, 128))
+  return m, k, n
 
 
 def _result(dtype):

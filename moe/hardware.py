@@ -27,15 +27,31 @@ class Chip:
   network: float  # bytes/s of its share of the data-centre network
   host: float  # bytes/s to and from the host's memory; assumed
   cores: int = 1  # TensorCores
+  torus: int = 3  # dimensions; a link each way in each of them
 
 
 CHIPS = {
     "v4": Chip(1.05e9, 275e12, 1.228e12, 300e9, 32 << 30, 3.1e9, 16e9, 2),
-    "v5e": Chip(1.503e9, 197e12, 0.819e12, 200e9, int(15.75 * 2**30), 3.1e9, 16e9),
+    "v5e": Chip(1.503e9, 197e12, 0.819e12, 200e9, int(15.75 * 2**30), 3.1e9, 16e9, torus=2),
     "v5p": Chip(1.751e9, 459e12, 2.765e12, 600e9, int(95.74 * 2**30), 6.25e9, 16e9, 2),
-    "v6e": Chip(1.755e9, 918e12, 1.64e12, 400e9, int(31.24 * 2**30), 12.5e9, 32e9),
+    "v6e": Chip(1.755e9, 918e12, 1.64e12, 400e9, int(31.24 * 2**30), 12.5e9, 32e9, torus=2),
     "tpu7x": Chip(2.2e9, 1153.5e12, 3.69e12, 300e9, int(94.75 * 2**30), 6.25e9, 32e9),
 }
+
+
+def link_rate(chip: Chip, shape, spans=None) -> float:
+  """Bytes/s that a device sends over the links it has in a slice: two for each dimension that closes in a ring, one for each
+  that is a line, none for a dimension of one chip.
+
+  Args:
+    shape: chips of the slice along x, y, z, or less than three of them.
+    spans: chips that a group of devices has along each; default: the whole slice.
+  """
+  closed = [n == 16 for n in shape] if chip.torus == 2 else [all(n % 4 == 0 for n in shape)] * len(shape)
+  links = sum(0 if span == 1 else 2 if ring and span == n else 1 for n, ring, span in zip(shape, closed, spans or shape))
+  return chip.links * (links / (2 * chip.torus) or 1)  # within a chip: no link, so none that holds up
+
+
 # What JAX calls them.
 TPU_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e",
              "TPU v6e": "v6e", "TPU7x": "tpu7x"}

@@ -1,7 +1,11 @@
 """The reader of compiled programs: shapes, groups, trips, and the schedule of what overlaps, on texts written by hand."""
 
+import types
+
+import numpy as np
 import pytest
 
+from moe import hardware
 from moe.hardware import Chip
 from tools import hlo
 
@@ -132,3 +136,45 @@ def test_sizes_and_largest():
   assert hlo.largest(hlo.parse(PROGRAM), 2)[0] == (8000, "f32[2000]", "jit(step)/gather")
   rows = hlo.summary(hlo.walk(hlo.parse(PROGRAM), CHIP, SIZES).collectives)
   assert [r["kind"] for r in rows] == ["all-gather", "all-reduce"] and rows[0]["asynchronous_share"] == 1
+
+
+def test_links_that_a_group_of_devices_has():
+  v5p, v6e = hardware.CHIPS["v5p"], hardware.CHIPS["v6e"]
+  assert hardware.link_rate(v5p, (4, 4, 8)) == v5p.links  # whole cubes close in rings
+  assert hardware.link_rate(v5p, (2, 2, 1)) == v5p.links * 2 / 6  # a host alone: two neighbours
+  assert hardware.link_rate(v5p, (2, 2, 4)) == v5p.links * 3 / 6  # less than a cube: lines
+  assert hardware.link_rate(v5p, (4, 4, 8), (1, 1, 8)) == v5p.links * 2 / 6
+  assert hardware.link_rate(v5p, (4, 4, 8), (1, 1, 2)) == v5p.links / 6  # neighbours on a ring
+  assert hardware.link_rate(v6e, (16, 16)) == v6e.links and hardware.link_rate(v6e, (8, 8)) == v6e.links / 2
+  assert hardware.link_rate(v6e, (8, 16)) == v6e.links * 3 / 4
+  assert hardware.link_rate(hardware.CHIPS["tpu7x"], (2, 2, 2), (1, 1, 1)) == hardware.CHIPS["tpu7x"].links  # within a chip
+
+
+def test_a_transfer_takes_the_links_of_its_axes():
+  devices = np.empty((1, 2, 4), object)
+  for at in np.ndindex(devices.shape):
+    devices[at] = types.SimpleNamespace(coords=(at[1], at[2], 0))
+  mesh = types.SimpleNamespace(shape={"slice": 1, "fsdp": 2, "tensor": 4}, devices=devices)
+  rate = lambda *axes: hlo.rate(CHIP, mesh, axes)
+  assert rate("fsdp") == rate("tensor") == CHIP.links / 6 and rate("fsdp", "tensor") == rate() == CHIP.links / 3
+  assert rate("slice", "fsdp") == CHIP.network
+  assert hlo.rate(CHIP, SIZES, ("fsdp",)) == CHIP.links  # lengths alone
+
+
+def custom(name, shape, *operands):
+  rest = f"operand_layout_constraints={{{', '.join(operands)}}}, backend_config={{}}"
+  return hlo.Instruction(name, shape, "custom-call", [], rest)
+
+
+def test_kernels_that_declare_nothing():
+  """A grouped matmul of 24 tiles and 64 groups visits up to 87; a backward pass of attention in one kernel has five products,
+  the one without the queries' gradient four."""
+  table, heads = "s32[87]{0}", "bf16[2,4,64,8]{3,2,1,0}"
+  operands = ("s32[65]{0}", table, table, "bf16[12288,2048]{1,0}", "bf16[64,2048,1408]{2,1,0}")
+  grouped = custom("gmm.1", "bf16[12288,1408]{1,0}", *operands)
+  keys = custom("splash_mha_dkv.1", f"({heads}, {heads})", heads, heads, heads)
+  fused = custom("splash_mha_dkv.2", f"(bf16[2,2,4,64,8]{{4,3,2,1,0}}, {heads}, {heads})", heads, heads, heads)
+  assert hlo.kernel_flops(grouped) == 2 * 12288 * 2048 * 1408
+  assert hlo.visited(grouped) == pytest.approx(87 / 24) and hlo.visited(grouped, 0.5) == pytest.approx(75 / 24)
+  assert hlo.visited(keys) == 1
+  assert hlo.kernel_flops(keys) == 4 * 2 * 4 * 64 * 64 * 8 and hlo.kernel_flops(fused) == 5 * 2 * 4 * 64 * 64 * 8

@@ -99,7 +99,7 @@ def check(run: config.Run, topology: str, slices: int = 1, options: dict | None 
   if keep:
     pathlib.Path(keep).write_text(compiled_text)
   memory, program = compiled.memory_analysis(), hlo.parse(compiled_text)
-  walked = hlo.walk(program, chip, dict(mesh.shape), experts.filled_rows(run, mesh))
+  walked = hlo.walk(program, chip, mesh, experts.filled_rows(run, mesh))
   arguments = memory.argument_size_in_bytes
   peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes  # the compiler counts those in
   low, high, rows = error_bar(walked.seconds)

@@ -4,10 +4,11 @@
     walk(program, chip, mesh_sizes) -> Walk(seconds, collectives, ...)
 
 The model: a fusion takes the cycles that the compiler writes beside it; a kernel (custom call) the larger of its declared FLOPs
-over the peak and of its bytes over the HBM's rate, with an efficiency; a collective its bytes over the links. A loop counts its
-trips, a conditional its cheaper branch (the overflow of the experts' exchange, for one, hardly ever runs). What starts and ends
-asynchronously runs beside the instructions in between, one transfer at a time for each set of mesh axes. Where the compiler
-says nothing of cycles, bytes over the HBM's rate. Nothing here has run on a TPU.
+over the peak and of its bytes over the HBM's rate, with an efficiency, a grouped matmul longer for the tiles that two groups
+share; a collective its bytes over the links that its axes of the mesh have in the torus. A loop counts its trips, a conditional
+its cheaper branch (the overflow of the experts' exchange, for one, hardly ever runs). What starts and ends asynchronously runs
+beside the instructions in between, one transfer at a time for each set of mesh axes. Where the compiler says nothing of cycles,
+bytes over the HBM's rate. Nothing here has run on a TPU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import itertools
 import math
 import re
 
+import numpy as np
+
 from moe.hardware import Chip
+from moe.hardware import link_rate
 
 KERNEL_EFFICIENCY = 0.85  # of declared FLOPs over the peak: the middle of tokamax's published timings of grouped matmuls
 
@@ -224,8 +228,10 @@ def moved_bytes(kind: str, result: float, members: int, operand: float) -> float
 
 
 class _Walker:
-  def __init__(self, program: Program, chip: Chip, sizes: dict[str, int], filled: float = 1.0):
-    self.program, self.chip, self.sizes, self.filled = program, chip, sizes, filled
+  def __init__(self, program: Program, chip: Chip, mesh, filled: float = 1.0):
+    self.program, self.chip, self.mesh, self.filled = program, chip, mesh, filled
+    self.sizes: dict[str, int] = dict(getattr(mesh, "shape", mesh))
+    self.rates: dict[tuple[str, ...], float] = {}
     self.cache: dict[str, Walk] = {}
 
   def walk(self, name: str) -> Walk:
@@ -354,8 +360,10 @@ class _Walker:
     seconds = moved / self._rate(axes)
     return Collective(kind, axes, moved, 1, i.operation.endswith("-start"), seconds, 0.0, inner.source or i.source)
 
-  def _rate(self, axes) -> float:
-    return self.chip.network if "slice" in axes else self.chip.links
+  def _rate(self, axes: tuple[str, ...]) -> float:
+    if axes not in self.rates:
+      self.rates[axes] = rate(self.chip, self.mesh, axes)
+    return self.rates[axes]
 
   def _operation(self, i: Instruction, shapes) -> tuple[float, bool]:
     """(seconds, whether it is memory traffic alone)."""
@@ -363,7 +371,7 @@ class _Walker:
     if i.operation == "custom-call":
       if "tpu_custom_call" not in i.rest:
         return 0.0, True
-      flops = kernel_flops(i) * (self.filled if i.name.startswith("ragged-dot") else 1.0)
+      flops = kernel_flops(i) * visited(i, self.filled if i.name.startswith("ragged-dot") else 1.0)
       work = flops / (self.chip.flops * KERNEL_EFFICIENCY)
       cycles = _cycles(i) / self.chip.clock
       return max(work, cycles if not flops else 0.0, moved / self.chip.hbm), False
@@ -371,6 +379,37 @@ class _Walker:
     if cycles:
       return cycles / self.chip.clock, i.operation == "copy"
     return (moved / self.chip.hbm, True) if moved > 1 << 20 and "S(1)" not in i.shape else (0.0, True)
+
+
+def rate(chip: Chip, mesh, axes: tuple[str, ...]) -> float:
+  """Bytes/s of a device over axes of a mesh (all of them where none is named), by the dimensions of the torus they lie along.
+
+  Args:
+    mesh: as in `walk`.
+  """
+  sizes = dict(getattr(mesh, "shape", mesh))
+  if "slice" in axes:
+    return chip.network
+  if not hasattr(mesh, "devices"):
+    return chip.links
+  inner = [a for a in sizes if a != "slice"]
+
+  def extents(along):
+    group = mesh.devices[np.ix_(*(range(n) if a in along else [0] for a, n in sizes.items()))].ravel()
+    return [len({d.coords[k] for d in group}) for k in range(3)]
+
+  return link_rate(chip, extents(inner), extents(axes or inner))
+
+
+def visited(i: Instruction, filled: float = 1.0) -> float:
+  """Rows that a grouped matmul multiplies over the rows it is given, `filled` of which hold something: a tile is visited once
+  for each group with rows in it. The kernel's table of visits is as long as the most there can be, tiles + groups - 1."""
+  constraints = i.rest[i.rest.find("operand_layout_constraints={"):].split("}}")[0]
+  visits = max(map(int, re.findall(r"\bs32\[(\d+)\]", constraints)), default=0)
+  groups = next((int(n) for n in re.findall(r"\w+\[(\d+),\d+,\d+\]", i.shape + constraints)), 0)
+  tiles = visits - groups + 1
+  grouped = i.name.startswith(("ragged-dot", "gmm", "tgmm")) and groups and tiles > 0
+  return (filled * tiles + groups - 1) / tiles if grouped else filled
 
 
 def kernel_flops(i: Instruction) -> float:
@@ -391,6 +430,8 @@ def kernel_flops(i: Instruction) -> float:
   if i.name.startswith("splash") and len(heads) >= 3:  # causal: half of the products
     (b, h, s, d), (_, _, t, _), (_, _, _, dv) = heads[:3]
     products = 2 * d + 2 * dv if "dkv" in i.name else 2 * d + dv if "dq" in i.name else d + dv
+    if "dkv" in i.name and any(len(r) == 5 for r in result):  # the queries' gradient too, in parts: the fused backward pass
+      products += d
     return float(b * h * s * t * products)
   return 0.0
 
@@ -409,14 +450,14 @@ def _cycles(i: Instruction) -> int:
   return value if value < 1 << 50 else 0  # the compiler's word for "unknown" is near 2^63
 
 
-def walk(program: Program, chip: Chip, sizes: dict[str, int], filled: float = 1.0) -> Walk:
+def walk(program: Program, chip: Chip, mesh, filled: float = 1.0) -> Walk:
   """The step-time model on a whole program.
 
   Args:
-    sizes: mesh axis -> length, in the order of the devices.
+    mesh: of the program's devices; or mesh axis -> length alone, in their order, and then all links serve every axis.
     filled: share of the rows of ragged matmuls that hold something; they declare FLOPs for all, and compute these.
   """
-  return _Walker(program, chip, sizes, filled).walk(program.entry)
+  return _Walker(program, chip, mesh, filled).walk(program.entry)
 
 
 def reached(program: Program) -> list[str]:

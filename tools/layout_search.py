@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 import time
 from typing import NamedTuple
 
@@ -22,7 +23,8 @@ from moe import sizes as sizes_lib
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 REMATS = ("none", "attention", "offload", "full")
-EFFICIENCY = 0.6  # of a step's matmuls over the peak: what compiled steps of Mixtral, Qwen3 and DeepSeek-V2-Lite came to
+EFFICIENCY = 0.7  # of a step's matmuls over the peak, as in compiled steps
+HIDDEN = 0.5  # of the weights' transfers: what the compiler put beside other work in most compiled steps
 
 
 class Layout(NamedTuple):
@@ -90,9 +92,12 @@ def estimate(run: config.Run, chip: hardware.Chip) -> Estimate:
 
   Memory: parameters, two moments and a gradient in float32 as they are split; the weights of two layers gathered and one
   layer's gradient in the compute dtype; what remat keeps of each layer; what one layer holds at once. Time: matmuls at
-  `EFFICIENCY` of the peak and the traffic between them, or the weights' transfers where these take longer; the experts'
-  exchange less what the other chunks hide; reductions between copies and all that goes over tensor and context, which
-  nothing hides.
+  `EFFICIENCY` of the peak, the experts' with the tiles that two of them share; the traffic between them, of the gathered
+  weights and of the optimizer; what is not hidden of the weights' transfers; the experts' exchange less what the other chunks
+  hide; reductions between copies and all that goes over tensor and context, which nothing hides.
+
+  Args:
+    chip: with the links it has in this slice (`hardware.link_rate`).
   """
   m, mesh, s = run.model, run.mesh, sizes_lib.sizes(run.model)
   a, e, top_k = m.attention, m.experts, m.router.top_k
@@ -118,11 +123,17 @@ def estimate(run: config.Run, chip: hardware.Chip) -> Estimate:
 
   forward = sizes_lib.flops_per_token(m, run.data.sequence_tokens) / 3 * tokens / mesh.tensor
   again = {"none": 0.0, "attention": 0.7, "offload": 1.0, "full": 1.0}[m.remat]
+  groups, routed_rows = e.num_experts / mesh.expert, tokens * top_k / e.overlap_degree  # of one grouped matmul
+  tile = 256 if routed_rows >= 2048 * groups else 128  # kernels/grouped_matmul.py
+  shared = max(groups - 1, 0) * tile / routed_rows  # rows multiplied for nothing, over those that count
+  forward += shared * 2 * s.routed_active / mesh.tensor * tokens
   compute = forward * (3 + again) / (chip.flops * EFFICIENCY)
   # Reads and writes: what is between the matmuls twice, the rows on their way to the experts and back often.
   passes = 2 + again
   traffic = 2 * (2 * (widths + 6 * m.d_model + 3 * rows * hidden) + 24 * rows * m.d_model) * m.num_layers * tokens
   compute += passes * traffic / chip.hbm
+  # Gathered weights are written and read in every pass and read once more for the gradient, which is written and read.
+  compute += 2 * (2 * passes + 3) * (dense + routed) / chip.hbm
   away = lambda n: (n - 1) / n
   weights = (2 + 1) * 2 * (dense + routed) * away(gathered) / chip.links
   exchanged = passes * 2 * m.num_moe_layers * 2 * tokens * top_k * m.d_model * away(mesh.expert) / chip.links
@@ -134,8 +145,9 @@ def estimate(run: config.Run, chip: hardware.Chip) -> Estimate:
   reduced = 2 * 4 * own * (away(mesh.data) / chip.links + away(mesh.slice) / chip.network)
   reduced += 2 * 4 * dense / gathered * away(mesh.expert) / chip.links
   launches = micro * m.num_layers * e.overlap_degree * 40e-6
-  seconds = micro * (max(compute, weights) + 0.1 * weights + exposed) + reduced + launches
-  return Estimate(hbm, seconds, micro * compute, seconds - micro * compute)
+  update = (7 * 4 * own + (micro > 1) * micro * 3 * 4 * own) / chip.hbm  # state read and written; the sum of the gradients
+  seconds = micro * (compute + max((1 - HIDDEN) * weights, weights - compute) + exposed) + update + reduced + launches
+  return Estimate(hbm, seconds, micro * compute + update, seconds - micro * compute - update)
 
 
 def ranked(run: config.Run, devices: int, slices: int, chip: hardware.Chip) -> list[tuple[Layout, Estimate]]:
@@ -165,11 +177,14 @@ def search(run: config.Run, topology: str, slices: int, devices: int, check, sec
     A row for each compiled layout: its place by the closed form and by the compiled program, and both of their figures; the
     programs that do not fit come last.
   """
-  chip, begin, rows = hardware.CHIPS[topology.split(":")[0]], time.monotonic(), []
+  begin, rows, (name, shape) = time.monotonic(), [], topology.split(":")
+  chip = hardware.CHIPS[name]
+  chip = dataclasses.replace(chip, links=hardware.link_rate(chip, [int(n) for n in shape.split("x")]))
   found = ranked(run, devices, slices, chip)
   for place, (layout, value) in enumerate(distinct(found, count), 1):
     if time.monotonic() - begin > seconds:
       break
+    print(f"search: compiles {place}, {layout}", file=sys.stderr, flush=True)  # minutes each
     result = check(applied(run, layout, slices), topology, slices)
     step = result["step_seconds"]["predicted"] if result["fits"] else math.inf
     rows.append({"layout": str(layout), **layout._asdict(), "place": place, "of": len(found), "fits": result["fits"],

@@ -144,7 +144,8 @@ def partition(layers: list[Layer], gradients: list[float], reduce: Line, dense: 
 
 
 def from_topology(run, mesh, chip) -> Layer:
-  """A layer of a run on a pod, from the vendor's rates: bytes over links, FLOPs at 0.85 of the peak, 5 us a transfer."""
+  """A layer of a run on a pod, from the vendor's rates: bytes over the links of an axis, FLOPs at 0.85 of the peak, 5 us a
+  transfer."""
   from moe import experts
   from moe import sharding
   from tools import hlo
@@ -154,10 +155,10 @@ def from_topology(run, mesh, chip) -> Layer:
   lay = experts.layout(mesh, run.data.batch_sequences // run.train.micro_batches, run.data.sequence_tokens, m.router.top_k,
                        m.experts)
   selections, width, tensor = own * m.router.top_k, 2 * m.d_model, mesh.shape["tensor"]
-  link, start = 1 / chip.links, 5e-6
+  link, start = 1 / hlo.rate(chip, mesh, ("expert",)), 5e-6
   away = (lay.members - 1) / lay.members
   flops = 2 * selections * m.d_model * m.experts.d_expert * (3 if m.activation == "swiglu" else 2)
-  near = Line(start, link) if tensor > 1 else Line(0.0, 0.0)
+  near = Line(start, 1 / hlo.rate(chip, mesh, ("tensor",))) if tensor > 1 else Line(0.0, 0.0)
   moved = selections * width * (tensor - 1)
   return Layer(Line(start, link), near, near, Line(start, 1 / (chip.flops * hlo.KERNEL_EFFICIENCY)),
                selections * width * away, moved, moved, flops)

@@ -56,7 +56,7 @@ def main() -> None:
   mesh = next((s.mesh for s in _shardings(compiled) if hasattr(s, "mesh")), None)
   sizes = dict(mesh.shape) if mesh is not None else {}
   memory, program = compiled.memory_analysis(), hlo.parse(text)
-  walk = hlo.walk(program, hardware.CHIPS[arguments.topology.split("-")[0]], sizes)
+  walk = hlo.walk(program, hardware.CHIPS[arguments.topology.split("-")[0]], mesh or {})
   print("RESULT " + json.dumps({
       "peak_bytes": memory.peak_memory_in_bytes, "arguments": memory.argument_size_in_bytes,
       "temporaries": memory.temp_size_in_bytes, "mesh": {a: n for a, n in sizes.items() if n > 1},

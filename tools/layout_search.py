@@ -24,6 +24,9 @@ from moe import sizes as sizes_lib
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 REMATS = ("none", "attention", "offload", "full")
 EFFICIENCY = 0.7  # of a step's matmuls over the peak, as in compiled steps
+# Reads and writes of the routed rows in a pass over a layer, where the experts are on one device and through an exchange:
+# counted in the compiled steps of Mixtral, and of Qwen3 and Demons 15B.
+ROW_PASSES, EXCHANGE_PASSES = 28, 50
 HIDDEN = 0.5  # of the weights' transfers: what the compiler put beside other work in most compiled steps
 
 
@@ -130,7 +133,8 @@ def estimate(run: config.Run, chip: hardware.Chip) -> Estimate:
   compute = forward * (3 + again) / (chip.flops * EFFICIENCY)
   # Reads and writes: what is between the matmuls twice, the rows on their way to the experts and back often.
   passes = 2 + again
-  traffic = 2 * (2 * (widths + 6 * m.d_model + 3 * rows * hidden) + 24 * rows * m.d_model) * m.num_layers * tokens
+  moved = EXCHANGE_PASSES if mesh.expert > 1 else ROW_PASSES
+  traffic = 2 * (2 * (widths + 6 * m.d_model + 3 * rows * hidden) + moved * rows * m.d_model) * m.num_layers * tokens
   compute += passes * traffic / chip.hbm
   # Gathered weights are written and read in every pass and read once more for the gradient, which is written and read.
   compute += 2 * (2 * passes + 3) * (dense + routed) / chip.hbm

@@ -64,10 +64,23 @@ def test_search_prints_both_ranks():
     return {"fits": at > 1, "hbm": {"peak_bytes": 1e9 * at}, "step_seconds": {"predicted": 10.0 - at}, "compile_seconds": 1.0}
 
   rows = layout_search.search(run(), "v5e:2x4", 1, 8, check, seconds=100, count=4)
-  assert [row["place"] for row in rows] == [1, 2, 3, 4] and [row["compiled_place"] for row in rows] == [4, 3, 2, 1]
+  assert [row["place"] for row in rows] == [1, 2, 3, 4, 5] and [row["compiled_place"] for row in rows] == [5, 4, 3, 2, 1]
   assert layout_search.rank_correlation(rows) == -1
   text = layout_search.text(rows)
   assert "no room" in text and "rank correlation of the two: -1.00" in text and f"{rows[0]['of']} legal layouts" in text
-  assert text.index("       1            4") < text.index("       4            1")
+  assert text.index("       1            5") < text.index("       5            1")
   assert layout_search.search(run(), "v5e:2x4", 1, 8, check, seconds=-1) == []
   assert layout_search.text([]) == "  no legal layout"
+
+
+def test_search_passes_over_what_cannot_fit():
+  """Where a layout without remat needs far more than the closed form says, no other without remat is compiled."""
+
+  def check(run, topology, slices):
+    fits = run.model.remat != "none"
+    peak = {"peak_bytes": 1e9 if fits else 1e18}
+    return {"fits": fits, "hbm": peak, "step_seconds": {"predicted": 1.0}, "compile_seconds": 1.0}
+
+  rows = layout_search.search(run(), "v5e:2x4", 1, 8, check, seconds=100, count=3)
+  assert [row["fits"] for row in rows].count(True) == 3 and [row["remat"] for row in rows].count("none") == 1
+  assert max([row["mesh"] for row in rows if row["fits"]].count(row["mesh"]) for row in rows) <= 2

@@ -117,7 +117,9 @@ def estimate(run: config.Run, chip: hardware.Chip) -> Estimate:
   rows = top_k * (e.buffer_factor if mesh.expert > 1 else 1.0)
   hidden = e.d_expert / mesh.tensor
   inside = widths + 6 * m.d_model + rows * (2 * m.d_model + 3 * hidden)  # elements of a token in one layer
-  kept = {"none": inside, "attention": 2 * m.d_model + a.num_heads * a.v_dim / mesh.tensor, "full": m.d_model, "offload": 0}
+  # Without remat twice what is counted here stays (masks, float32 sums, both sides of a conversion): RMoE's compiled layouts.
+  kept = {"none": 2.1 * inside, "attention": 2 * m.d_model + a.num_heads * a.v_dim / mesh.tensor,
+          "full": m.d_model, "offload": 0}
   layer = (dense - m.vocab_size * m.d_model * 2 / mesh.tensor + routed) / m.num_layers
   held = 2 * tokens * (m.num_layers * kept[m.remat] + 1.5 * inside / (e.overlap_degree if mesh.expert > 1 else 1))
   if m.remat == "none":
@@ -160,18 +162,10 @@ def ranked(run: config.Run, devices: int, slices: int, chip: hardware.Chip) -> l
   return sorted(found, key=lambda item: (item[1].hbm > chip.hbm_bytes, item[1].seconds, item[1].hbm))
 
 
-def distinct(found: list[tuple[Layout, Estimate]], count: int) -> list[tuple[Layout, Estimate]]:
-  """The first `count`, but no more than two of one mesh: neighbours would only differ in remat."""
-  taken, seen = [], {}
-  for layout, value in found:
-    if seen.setdefault(layout.mesh, 0) < 2:
-      seen[layout.mesh] += 1
-      taken.append((layout, value))
-  return taken[:count]
-
-
 def search(run: config.Run, topology: str, slices: int, devices: int, check, seconds: float, count: int = 8) -> list[dict]:
-  """Compiles the best of the closed form, as many as begin within `seconds`.
+  """Compiles the best of the closed form until `count` of them fit, as many as begin within `seconds`; no more than two of one
+  mesh, whose neighbours would only differ in remat. What a compiled program needs over the closed form's memory is held against
+  the other layouts of its remat, and those are passed over that would not fit either.
 
   Args:
     devices: in one slice.
@@ -184,16 +178,22 @@ def search(run: config.Run, topology: str, slices: int, devices: int, check, sec
   begin, rows, (name, shape) = time.monotonic(), [], topology.split(":")
   chip = hardware.CHIPS[name]
   chip = dataclasses.replace(chip, links=hardware.link_rate(chip, [int(n) for n in shape.split("x")]))
-  found = ranked(run, devices, slices, chip)
-  for place, (layout, value) in enumerate(distinct(found, count), 1):
-    if time.monotonic() - begin > seconds:
+  found, needs, meshes = ranked(run, devices, slices, chip), {}, {}
+  for layout, value in found:
+    if time.monotonic() - begin > seconds or sum(row["fits"] for row in rows) == count:
       break
-    print(f"search: compiles {place}, {layout}", file=sys.stderr, flush=True)  # minutes each
+    if meshes.get(layout.mesh, 0) == 2 or value.hbm * needs.get(layout.remat, 0.0) > chip.hbm_bytes:
+      continue
+    print(f"search: compiles {layout}", file=sys.stderr, flush=True)  # minutes each
     result = check(applied(run, layout, slices), topology, slices)
-    step = result["step_seconds"]["predicted"] if result["fits"] else math.inf
-    rows.append({"layout": str(layout), **layout._asdict(), "place": place, "of": len(found), "fits": result["fits"],
+    peak = result["hbm"]["peak_bytes"]
+    if peak:
+      needs[layout.remat] = peak / value.hbm
+    meshes[layout.mesh] = meshes.get(layout.mesh, 0) + result["fits"]
+    rows.append({"layout": str(layout), **layout._asdict(), "place": len(rows) + 1, "of": len(found), "fits": result["fits"],
                  "estimated": {"hbm_bytes": value.hbm, "seconds": value.seconds},
-                 "compiled": {"hbm_bytes": result["hbm"]["peak_bytes"], "seconds": step},
+                 "compiled": {"hbm_bytes": peak,
+                              "seconds": result["step_seconds"]["predicted"] if result["fits"] else math.inf},
                  "compile_seconds": result["compile_seconds"]})
   order = sorted(range(len(rows)), key=lambda i: rows[i]["compiled"]["seconds"])
   for compiled_place, i in enumerate(order, 1):
@@ -202,16 +202,17 @@ def search(run: config.Run, topology: str, slices: int, devices: int, check, sec
 
 
 def rank_correlation(rows: list[dict]) -> float:
-  """Spearman's, of the two places; nan for fewer than two rows."""
-  n = len(rows)
-  return 1 - 6 * sum((r["place"] - r["compiled_place"]) ** 2 for r in rows) / (n * (n**2 - 1)) if n > 1 else math.nan
+  """Spearman's, of the places of those that fit; nan for fewer than two."""
+  fitting = sorted((r for r in rows if r["fits"]), key=lambda r: r["place"])
+  n, after = len(fitting), sorted(fitting, key=lambda r: r["compiled_place"])
+  return 1 - 6 * sum((i - after.index(r)) ** 2 for i, r in enumerate(fitting)) / (n * (n**2 - 1)) if n > 1 else math.nan
 
 
 def text(rows: list[dict]) -> str:
   """For people, by the compiled program."""
   if not rows:
     return "  no legal layout"
-  lines = [f"  {rows[0]['of']} legal layouts; the best {len(rows)} by the closed form, compiled (static, nothing ran):",
+  lines = [f"  {rows[0]['of']} legal layouts; {len(rows)} of the best by the closed form, compiled (static, nothing ran):",
            "  compiled  closed form   compiled s  GB      closed form s  GB      layout"]
   for row in sorted(rows, key=lambda r: r["compiled_place"]):
     c, e = row["compiled"], row["estimated"]

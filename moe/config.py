@@ -290,6 +290,9 @@ class Model(_Checked):
     _one_of(self, "activation", ("swiglu", "gelu"))
     _one_of(self, "compute_dtype", ("float32", "bfloat16"))
     _one_of(self, "remat", ("none", "full", "offload", "dots", "attention"))
+    if self.remat == "offload" and self.scan_unroll > 1:
+      raise ConfigError(f"Model.scan_unroll = {self.scan_unroll} does not go with Model.remat = 'offload', whose arrays in the "
+                        "host's memory the TPU compiler cannot cut into turns; set scan_unroll = 1, or another remat")
     if not 0 <= self.dropout < 1:
       raise ConfigError(f"Model.dropout = {self.dropout} must be in [0, 1)")
     if self.router.top_k > self.experts.num_experts:

@@ -41,7 +41,7 @@ def test_no_dict_fields_and_frozen():
     ({"attention": {"kind": "mqa"}}, "'mqa' is not one of 'gqa', 'mla'"),
     ({"num_dense_layers": 2}, "positive multiple of moe_every"),
     ({"moe_every": 2}, "d_ff must be set"),
-    ({"dropout": 1.0}, "must be in [0, 1)"),
+    ({"dropout": 1.0}, "must be in [0, 1)"), ({"remat": "offload", "scan_unroll": 2}, "does not go with"),
     ({"experts": {"shared_gate": True}}, "needs shared experts"),
     ({"vocab_size": "64"}, "Model.vocab_size = '64' is a str, not a int"),
     ({"vocab_size": True}, "is a bool, not a int"),

@@ -177,7 +177,8 @@ def test_routers_compile(router, experts):
 BUDGETS = pathlib.Path(__file__).parent / "golden" / "compile_budgets.json"
 
 
-_LONG = ("deepseek_v3", "palm", "demons_43b", "demons_15b", "qwen3")  # begin the names of those that compile for more than five minutes
+# How the names of those begin that compile for more than five minutes.
+_LONG = ("deepseek_v3", "palm", "demons_43b", "demons_15b", "qwen3")
 
 
 def turn(names: list[str]) -> list[str]:

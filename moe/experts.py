@@ -115,7 +115,7 @@ _DEVICES = PartitionSpec(sharding.AXES)
 
 # Logical axes of (gate, up) and of down. Both are split over fsdp along the middle: the compiler turns a reduce-scatter along
 # the last axis, where the lanes are, into an all-reduce of the whole gradient.
-EXPERT_AXES = ("experts", "embed", "hidden"), ("experts", "inner", None)
+EXPERT_AXES = ("experts", "expert_embed", "hidden"), ("experts", "inner", None)
 
 
 def _of_backward(experts: config.Experts) -> config.Experts:
@@ -241,12 +241,12 @@ def apply_soft_experts(x, choice: SoftChoice, weights: Weights, *, activation: s
 
 
 def _on_mesh(local, tokens: PartitionSpec, x, gates, plans, matrices: _Matrices):
-  """Runs `local(x, gates, plans, matrices)` on every device, with the matrices gathered over the axes that split `embed`."""
+  """Runs `local(x, gates, plans, matrices)` on every device, with the matrices gathered over fsdp and context."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return local(x, gates, plans, matrices)
   into, out = EXPERT_AXES
-  split = sharding.axes_of("embed", mesh)
+  split = sharding.axes_of("expert_embed", mesh)
 
   def spec(axes, matrix):
     """The specification of a matrix; of a quantized one's scales, whose axis 1 is 1 long, too."""

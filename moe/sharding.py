@@ -4,7 +4,7 @@
     stage    pipeline stages; reserved, 1 for now
     data     data parallel
     fsdp     data parallel with the parameters split
-    expert   data parallel outside the experts, which it splits
+    expert   splits the experts; outside them data parallel, with the parameters split as by fsdp
     context  parts of each sequence; parameters are split over it too
     tensor   heads, hidden widths, the vocabulary; and tokens on their way to the experts
 
@@ -31,7 +31,8 @@ TABLE = {
     "sequence": "context",
     "part": ("context", "tensor"),  # of a sequence, on its way to the experts
     "width": None,  # D of an activation
-    "embed": ("fsdp", "context"),  # D of a parameter
+    "embed": ("fsdp", "expert", "context"),  # D of a parameter
+    "expert_embed": ("fsdp", "context"),  # D of the experts' first matrices
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,

@@ -124,7 +124,9 @@ def test_unknown_trips_are_counted():
     ("replica_groups=[1,8]<=[8]", ("slice", "fsdp", "tensor"), 8),
     ("replica_groups=[2,4]<=[4,2]T(1,0)", ("slice", "fsdp"), 4),
     ("replica_groups=mesh['slice'=2,'fsdp'=2,'tensor'=2] {'fsdp','tensor'}", ("fsdp", "tensor"), 4),
+    ("replica_groups=mesh['slice'=2,'fsdp'=2,'tensor'=2] {'tensor','fsdp'}", ("fsdp", "tensor"), 4),
     ("replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_2'}", ("tensor",), 2),
+    ("replica_groups=mesh['axis_0'=8] {'axis_0'}", ("slice", "fsdp", "tensor"), 8),
     ("source_target_pairs={{0,2},{2,0},{1,3},{3,1}}", ("fsdp",), 2),
     ("replica_groups={{0,3},{1,2}}", (), 2)])
 def test_groups(attribute, axes, members):

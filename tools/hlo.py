@@ -175,13 +175,10 @@ def trips(program: Program, loop: Instruction) -> int | None:
 def group_of(rest: str, sizes: dict[str, int]) -> tuple[tuple[str, ...], int]:
   """(mesh axes, devices) that a collective spans; axes () where the group is no product of axes."""
   named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
-  real = [a for a in sizes if sizes[a] > 1]
-  if named:
+  if named:  # not always by the names and axes of our mesh: axis_0 may be all of it
     listed = dict((k, int(v)) for k, v in re.findall(r"'([\w]+)'=(\d+)", named[1]))
-    long, used = [a for a in listed if listed[a] > 1], re.findall(r"'([\w]+)'", named[2])
-    # The partitioner sometimes calls the same axes axis_0, axis_1 ...
-    rename = dict(zip(long, real)) if [listed[a] for a in long] == [sizes[a] for a in real] else {}
-    return tuple(rename.get(a, a) for a in used if listed[a] > 1), math.prod(listed[a] for a in used)
+    first = _members(listed, re.findall(r"'([\w]+)'", named[2]))
+    return _axes_of(first, sizes), len(first)
   groups = re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", rest)
   iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
   pairs = re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", rest)
@@ -190,8 +187,8 @@ def group_of(rest: str, sizes: dict[str, int]) -> tuple[tuple[str, ...], int]:
     first = [int(n) for n in groups[1].split("}")[0].strip("{").split(",") if n.strip()]
   elif iota:
     shape, dims = ([int(n) for n in g.split(",")] for g in (iota[1], iota[2]))
-    order = [int(n) for n in iota[3].split(",")] if iota[3] else list(range(len(dims)))
-    first = _iota(dims, order)[:shape[-1]]
+    order = [int(n) for n in iota[3].split(",")] if iota[3] else None
+    first = np.arange(math.prod(dims)).reshape(dims).transpose(order).ravel()[:shape[-1]].tolist()
   elif pairs:  # the devices that the first one reaches
     ways = dict(tuple(map(int, p.split(","))) for p in re.findall(r"(\d+,\d+)", pairs[1]))
     at = next(iter(ways))
@@ -201,23 +198,16 @@ def group_of(rest: str, sizes: dict[str, int]) -> tuple[tuple[str, ...], int]:
   return _axes_of(first, sizes), len(first)
 
 
-def _iota(dims: list[int], order: list[int]) -> list[int]:
-  strides = [math.prod(dims[i + 1:]) for i in range(len(dims))]
-  return [sum(n * strides[a] for n, a in zip(at, order)) for at in itertools.product(*(range(dims[a]) for a in order))]
-
-
 def _axes_of(members: list[int], sizes: dict[str, int]) -> tuple[str, ...]:
-  names = [a for a in sizes if sizes[a] > 1]
-  dims = [sizes[a] for a in names]
-  strides = [math.prod(dims[i + 1:]) for i in range(len(dims))]
-  for count in range(1, len(names) + 1):
-    for chosen in itertools.combinations(range(len(names)), count):
-      if math.prod(dims[i] for i in chosen) == len(members):
-        places = itertools.product(*(range(dims[i]) for i in chosen))
-        offsets = {sum(n * strides[i] for n, i in zip(at, chosen)) for at in places}
-        if {m - min(members) for m in members} == offsets:
-          return tuple(names[i] for i in chosen)
-  return ()
+  offsets, names = {m - min(members) for m in members}, [a for a in sizes if sizes[a] > 1]
+  chosen = (c for count in range(1, len(names) + 1) for c in itertools.combinations(names, count))
+  return next((c for c in chosen if offsets == set(_members(sizes, c))), ())
+
+
+def _members(sizes: dict[str, int], axes) -> list[int]:
+  """The first device and those that it reaches along these axes of a mesh."""
+  return np.arange(math.prod(sizes.values())).reshape(*sizes.values())[tuple(
+      slice(None) if a in axes else 0 for a in sizes)].ravel().tolist()
 
 
 def moved_bytes(kind: str, result: float, members: int, operand: float) -> float:

@@ -109,8 +109,8 @@ def estimate(run: config.Run, chip: hardware.Chip) -> Estimate:
   tokens = run.tokens_per_step / (batch * mesh.context * micro)  # of a device in a micro-batch
   gathered = mesh.fsdp * mesh.context
   dense, routed = (s.total - s.routed) / mesh.tensor, s.routed / (mesh.expert * mesh.tensor)  # of a device, once gathered
-  own = (dense + routed) / gathered
-  copies = mesh.slice * mesh.data * (mesh.expert if s.routed < s.total / 2 else 1)
+  own = (dense / mesh.expert + routed) / gathered
+  copies = mesh.slice * mesh.data
   optimizer = 8 * own * (1 - run.optimizer.offload) / (copies if run.optimizer.zero1 else 1)
 
   widths = (a.num_heads * (a.qk_dim + 2 * a.v_dim) + 2 * a.kv_heads * a.qk_dim) / mesh.tensor
@@ -141,7 +141,7 @@ def estimate(run: config.Run, chip: hardware.Chip) -> Estimate:
   # Gathered weights are written and read in every pass and read once more for the gradient, which is written and read.
   compute += 2 * (2 * passes + 3) * (dense + routed) / chip.hbm
   away = lambda n: (n - 1) / n
-  weights = (2 + 1) * 2 * (dense + routed) * away(gathered) / chip.links
+  weights = (2 + 1) * 2 * (dense * away(gathered * mesh.expert) + routed * away(gathered)) / chip.links
   exchanged = passes * 2 * m.num_moe_layers * 2 * tokens * top_k * m.d_model * away(mesh.expert) / chip.links
   tensor = passes * m.num_layers * 2 * tokens * m.d_model * 4 * away(mesh.tensor) / chip.links
   tensor += passes * m.num_moe_layers * 2 * 2 * tokens * top_k * m.d_model * away(mesh.tensor) / chip.links
@@ -149,7 +149,6 @@ def estimate(run: config.Run, chip: hardware.Chip) -> Estimate:
   context = passes * m.num_layers * 2 * tokens * keys * (mesh.context - 1) / chip.links
   exposed = exchanged / e.overlap_degree + tensor + context
   reduced = 2 * 4 * own * (away(mesh.data) / chip.links + away(mesh.slice) / chip.network)
-  reduced += 2 * 4 * dense / gathered * away(mesh.expert) / chip.links
   launches = micro * m.num_layers * e.overlap_degree * 40e-6
   update = (7 * 4 * own + (micro > 1) * micro * 3 * 4 * own) / chip.hbm  # state read and written; the sum of the gradients
   seconds = micro * (compute + max((1 - HIDDEN) * weights, weights - compute) + exposed) + update + reduced + launches

@@ -20,9 +20,12 @@ import sys
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Ours otherwise: for less memory the inputs of the layers go to the host's; for a shorter step every second layer's weights
-# are gathered beside the work of the one before.
-OTHERWISE = {"ours, offload": {"Model.remat": '"offload"'}, "ours, two layers a turn": {"Model.scan_unroll": 2}}
+# Ours otherwise. For less memory the inputs of the layers go to the host's; for a shorter step every second layer's weights are
+# gathered beside the work of the one before, and one half of the experts' exchange runs beside the work on the other.
+_OFFLOAD, _LAYERS, _CHUNKS = {"Model.remat": '"offload"'}, {"Model.scan_unroll": 2}, {"Experts.overlap_degree": 2}
+OTHERWISE = {"fsdp": {"ours, offload": _OFFLOAD, "ours, two layers a turn": _LAYERS},
+             "expert": {"ours, two chunks": _CHUNKS, "ours, two chunks, offload": _CHUNKS | _OFFLOAD,
+                        "ours, two chunks, two layers": _CHUNKS | _LAYERS}}
 
 
 class Row(NamedTuple):
@@ -110,9 +113,10 @@ def main() -> None:
   arguments = parser.parse_args()
   results = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {}
   for name in arguments.row or ROWS:
-    programs = results.setdefault(name, {})
-    makers = {"MaxText": lambda: peer(ROWS[name]), "ours": lambda: ours(ROWS[name], {}),
-              **{program: functools.partial(ours, ROWS[name], changes) for program, changes in OTHERWISE.items()}}
+    programs, row = results.setdefault(name, {}), ROWS[name]
+    otherwise = OTHERWISE["expert" if "expert" in row.mesh else "fsdp"]
+    makers = {"MaxText": lambda: peer(row), "ours": lambda: ours(row, {}),
+              **{program: functools.partial(ours, row, changes) for program, changes in otherwise.items()}}
     for program, make in makers.items():
       if program not in programs:
         programs[program] = make()

@@ -20,6 +20,7 @@ from moe import config
 from moe import hardware
 from moe import sharding
 from moe import sizes as sizes_lib
+from moe.kernels.grouped_matmul import tile_rows
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 REMATS = ("none", "attention", "offload", "full")
@@ -129,8 +130,7 @@ def estimate(run: config.Run, chip: hardware.Chip) -> Estimate:
   forward = sizes_lib.flops_per_token(m, run.data.sequence_tokens) / 3 * tokens / mesh.tensor
   again = {"none": 0.0, "attention": 0.7, "offload": 1.0, "full": 1.0}[m.remat]
   groups, routed_rows = e.num_experts / mesh.expert, tokens * top_k / e.overlap_degree  # of one grouped matmul
-  tile = 256 if routed_rows >= 2048 * groups else 128  # kernels/grouped_matmul.py
-  shared = max(groups - 1, 0) * tile / routed_rows  # rows multiplied for nothing, over those that count
+  shared = max(groups - 1, 0) * tile_rows(routed_rows, groups) / routed_rows  # rows for nothing, over those that count
   forward += shared * 2 * s.routed_active / mesh.tensor * tokens
   compute = forward * (3 + again) / (chip.flops * EFFICIENCY)
   # Reads and writes: what is between the matmuls twice, the rows on their way to the experts and back often.

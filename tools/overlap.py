@@ -145,9 +145,10 @@ def partition(layers: list[Layer], gradients: list[float], reduce: Line, dense: 
 
 def from_topology(run, mesh, chip) -> Layer:
   """A layer of a run on a pod, from the vendor's rates: bytes over the links of an axis, FLOPs at 0.85 of the peak, 5 us a
-  transfer."""
+  transfer; each chunk reads the experts' matrices again, and multiplies again what two experts share of a tile."""
   from moe import experts
   from moe import sharding
+  from moe.kernels import grouped_matmul
   from tools import hlo
   m = run.model
   tokens = run.data.batch_sequences // run.train.micro_batches * run.data.sequence_tokens
@@ -157,11 +158,16 @@ def from_topology(run, mesh, chip) -> Layer:
   selections, width, tensor = own * m.router.top_k, 2 * m.d_model, mesh.shape["tensor"]
   link, start = 1 / hlo.rate(chip, mesh, ("expert",)), 5e-6
   away = (lay.members - 1) / lay.members
-  flops = 2 * selections * m.d_model * m.experts.d_expert * (3 if m.activation == "swiglu" else 2)
+  matrices, owned = 3 if m.activation == "swiglu" else 2, m.experts.num_experts // lay.members
+  of_row = 2 * m.d_model * m.experts.d_expert * matrices  # FLOPs; an expert's matrices have as many bytes
+  choice = experts.kernel_choice(run, mesh)
+  tile = choice.blocks.tile_rows if choice.blocks else grouped_matmul.tile_rows(selections, owned)
+  multiply = chip.flops * hlo.KERNEL_EFFICIENCY
+  again = (owned - 1) * tile * of_row / tensor / multiply + owned * of_row / tensor / chip.hbm
   near = Line(start, 1 / hlo.rate(chip, mesh, ("tensor",))) if tensor > 1 else Line(0.0, 0.0)
   moved = selections * width * (tensor - 1)
-  return Layer(Line(start, link), near, near, Line(start, 1 / (chip.flops * hlo.KERNEL_EFFICIENCY)),
-               selections * width * away, moved, moved, flops)
+  return Layer(Line(start, link), near, near, Line(start + again, 1 / multiply),
+               selections * width * away, moved, moved, selections * of_row)
 
 
 def main() -> int:

@@ -67,14 +67,19 @@ def _dense(lhs, rhs, group_sizes):
 SCOPED = {"TPU v4": 16 << 20, "TPU v5 lite": 16 << 20, "TPU v5": 16 << 20, "TPU v6 lite": 32 << 20, "TPU7x": 32 << 20}
 
 
+def tile_rows(rows: int, num_groups: int) -> int:
+  """Rows of a tile of XLA's ragged dot: 128, or 256 where a group has so many that the halves of tiles it shares with its
+  neighbours do not count."""
+  return 256 if rows >= 2048 * num_groups else 128
+
+
 def tiling(rows: int, contract: int, columns: int, num_groups: int, scoped_bytes: int) -> tuple[int, int, int]:
   """(m, k, n) tile of XLA's ragged dot for bfloat16, of those that fit doubly buffered with a float32 result: by the least
   traffic, then the largest k.
 
-  m is 128, or 256 where an expert has so many rows that the halves of tiles it shares with its neighbours do not count. All of
-  k lets an expert's block stay while its rows pass; at least 1024 of it, for short products wait for the sum in memory.
+  All of k lets an expert's block stay while its rows pass; at least 1024 of it, for short products wait for the sum in memory.
   """
-  m = 256 if rows >= 2048 * num_groups else 128
+  m = tile_rows(rows, num_groups)
   visits = rows // m + num_groups
 
   def size(k, n):

@@ -234,7 +234,7 @@ class Experts(_Checked):
   capacity_group: str = "sequence"  # whose tokens share the slots: a row, or the whole microbatch
   drop_policy: str = "position"  # who keeps a slot: earlier tokens | higher probability | random (both look ahead)
   backend: str = "auto"  # of the matmuls: loop | ragged_dot | dense | fused | tokamax; auto: kernels/plan.py chooses
-  dispatch: str = "auto"  # all_gather | all_to_all: how tokens reach their experts; auto: all_to_all but on CPU
+  dispatch: str = "auto"  # all_gather | ring | all_to_all: how tokens reach their experts; auto: all_to_all but on CPU
   buffer_factor: float = 1.5  # receive buffers of all_to_all over the mean; what is beyond takes further rounds
   overlap_degree: int = 1  # chunks of tokens whose transfers may run beside other chunks' matmuls
   backward_degree: int = 0  # the same for the backward pass, which then does the layer's forward again; 0: as the forward
@@ -243,11 +243,14 @@ class Experts(_Checked):
   def check(self):
     _at_least(self, 1, "num_experts", "d_expert", "overlap_degree", "buffer_factor")
     _at_least(self, 0, "d_shared", "capacity_factor", "backward_degree")
-    _one_of(self, "dispatch", ("auto", "all_gather", "all_to_all"))
+    _one_of(self, "dispatch", ("auto", "all_gather", "ring", "all_to_all"))
     _one_of(self, "capacity_group", ("sequence", "microbatch"))
     _one_of(self, "drop_policy", ("position", "probability", "random"))
     _one_of(self, "backend", ("auto", "loop", "ragged_dot", "dense", "fused", "tokamax"))
     _one_of(self, "forward_weights", ("", "int8", "float8_e4m3fn"))
+    if self.dispatch == "ring" and max(self.overlap_degree, self.backward_degree) > 1:
+      raise ConfigError(f"Experts.overlap_degree = {self.overlap_degree} and backward_degree = {self.backward_degree}: dispatch "
+                        "= 'ring' has one chunk for each device of the group; leave out both, or take another dispatch")
     if self.shared_gate and not self.d_shared:
       raise ConfigError("Experts.shared_gate needs shared experts; set d_shared > 0")
 

@@ -6,12 +6,14 @@ width, so tokens travel between the devices of a group, expert x tensor:
 
     all_gather   every device gets all tokens of the group, runs its experts on the selections that are theirs, and the partial
                  sums are reduce-scattered: exact for any imbalance; moves less while the group is smaller than top_k
+    ring         the same, but tokens go from device to device, half of them each way, and the sums after them: no more than
+                 one device's tokens are there at once, and each hop runs beside the matmuls on those that came before
     all_to_all   each selection goes to the device of its expert (`ragged_all_to_all`; exchange.py has the offsets), is
                  gathered over `tensor` there, and comes back. Receive buffers are bounded at `Experts.buffer_factor` times
                  the mean; what does not fit goes in further rounds, so that this too is exact for any imbalance
 
-Both may be cut into `Experts.overlap_degree` chunks (another number in the backward pass: `Experts.backward_degree`), so that
-one chunk's transfers can run beside another's matmuls. `hooks.py` names the points that a chunk passes.
+The first and the last may be cut into `Experts.overlap_degree` chunks (another number in the backward pass:
+`Experts.backward_degree`), so that one chunk's transfers can run beside another's matmuls. `hooks.py` names the points that a chunk passes.
 Weights are gathered over (fsdp, context) once, inside: so their gradients leave by reduce-scatter, not by all-reduce.
 """
 
@@ -58,8 +60,9 @@ class _Matrices(NamedTuple):
 class Plan(NamedTuple):
   """The sorted order of the selections of one chunk; made once and used by any number of layers.
 
-  The T tokens are those a device sees: all of its group for `all_gather`, its own for `all_to_all`. R rows: no more than
-  T x K, nor than the slots that capacity leaves. With a mesh the arrays of all devices stand one after the other.
+  The T tokens are those a device sees: all of its group for `all_gather`, its own for `all_to_all`, for `ring` as many of two
+  others (a chunk for each turn). R rows: no more than T x K, nor than the slots that capacity leaves. With a mesh the arrays of
+  all devices stand one after the other.
   """
 
   order: jax.Array  # [R] int32, selections (token x K + choice) by expert
@@ -78,7 +81,7 @@ class Plans(NamedTuple):
 class _Layout(NamedTuple):
   """How the tokens of a device reach the experts of its group; static."""
 
-  dispatch: str  # all_gather | all_to_all
+  dispatch: str  # all_gather | ring | all_to_all
   tokens: PartitionSpec  # of [B, S, ...]
   group: tuple[str, ...]  # axes over which tokens travel
   summed: tuple[str, ...]  # axes over which partial results are summed at once, where tokens could not be split
@@ -140,17 +143,24 @@ def make_plan(chosen, experts: config.Experts, slots_in_row: int = 0, slots_in_b
     return Plans(forward, () if lay_backward == lay else split(lay_backward, chosen))
 
   def split(lay, chosen):
-    rows = chosen.shape[0] * (lay.members if lay.dispatch == "all_gather" else 1)
+    rows = chosen.shape[0]
+    if lay.dispatch != "all_to_all":  # of the group; of `ring`, halves of two devices' rows
+      rows = rows * lay.members if lay.dispatch == "all_gather" else rows + rows % 2
     most = slots_in_row * rows or slots_in_batch
-    return tuple(chunk(lay, most, part) for part in jnp.split(chosen.reshape(-1, chosen.shape[-1]), lay.chunks))
-
-  def chunk(lay, most, chosen):
+    chosen = chosen.reshape(-1, chosen.shape[-1])
     if lay.dispatch == "all_to_all":
-      order, inverse, sizes = _sort(chosen.reshape(-1), num_experts, most)
-      return Plan(order, inverse, sizes, jax.lax.all_gather(sizes, lay.group))
+      return tuple(everywhere(lay, most, part) for part in jnp.split(chosen, lay.chunks))
+    if lay.dispatch == "ring":
+      return tuple(here(lay, most, part) for part in _around(chosen, lay.group))
+    return tuple(here(lay, most, jax.lax.all_gather(part, lay.group, tiled=True) if lay.group else part)
+                 for part in jnp.split(chosen, lay.chunks))
+
+  def everywhere(lay, most, chosen):
+    order, inverse, sizes = _sort(chosen.reshape(-1), num_experts, most)
+    return Plan(order, inverse, sizes, jax.lax.all_gather(sizes, lay.group))
+
+  def here(lay, most, chosen):
     owned = num_experts // lay.members
-    if lay.group:
-      chosen = jax.lax.all_gather(chosen, lay.group, tiled=True)
     if owned < num_experts:
       mine = chosen - jax.lax.axis_index("expert") * owned
       chosen = jnp.where((mine >= 0) & (mine < owned), mine, owned)
@@ -190,13 +200,15 @@ def apply_experts(x, plans: Plans, gates, weights: Weights, *, activation: str,
   if experts.forward_weights:
     quantized = jax.tree.map(lambda w: quantize.quantize(w, experts.forward_weights), weights)
     weights = jax.tree.map(lambda w: quantize.rounded(w, experts.forward_weights), weights)
-  chunk = {"all_gather": _all_gather, "all_to_all": _all_to_all}[lay.dispatch]
 
   def split(lay, plans, x, gates, matrices):
     compute = functools.partial(_experts, matrices=matrices, activation=activation, backend=experts.backend)
-    parts = zip(jnp.split(x.reshape(-1, width), lay.chunks), jnp.split(gates.reshape(-1, top_k), lay.chunks), plans)
-    out = [chunk(x, gates, plan, lay, compute) for x, gates, plan in parts]
-    return jnp.concatenate(out).reshape(x.shape)
+    rows, gates = x.reshape(-1, width), gates.reshape(-1, top_k)
+    if lay.dispatch == "ring":
+      return _ring(rows, gates, plans, lay, compute).reshape(x.shape)
+    chunk = {"all_gather": _all_gather, "all_to_all": _all_to_all}[lay.dispatch]
+    parts = zip(jnp.split(rows, lay.chunks), jnp.split(gates, lay.chunks), plans)
+    return jnp.concatenate([chunk(x, gates, plan, lay, compute) for x, gates, plan in parts]).reshape(x.shape)
 
   @jax.custom_vjp
   def two_ways(plans, x, gates, matrices):
@@ -277,7 +289,7 @@ def kernel_shape(run: config.Run, mesh) -> kernel_plan.Shape:
   if lay.dispatch == "all_to_all":
     tokens, top_k, total = lay.bound * mesh.shape["tensor"], 1, owned
   else:
-    group = math.prod(mesh.shape[a] for a in lay.group)
+    group = math.prod(mesh.shape[a] for a in lay.group) if lay.dispatch == "all_gather" else 1
     split = sharding.parts("batch", mesh) * sharding.parts("part", mesh)
     tokens, top_k, total = rows * length * group // (split * lay.chunks), m.router.top_k, e.num_experts
   return kernel_plan.Shape(tokens, top_k, owned, total, m.d_model, hidden, m.activation == "swiglu", m.compute_dtype)
@@ -287,7 +299,7 @@ def filled_rows(run: config.Run, mesh) -> float:
   """Share of the rows of a device's matmuls that hold a selection when loads are even."""
   rows, length, top_k = run.data.batch_sequences // run.train.micro_batches, run.data.sequence_tokens, run.model.router.top_k
   lay = layout(mesh, rows, length, top_k, run.model.experts)
-  if lay.dispatch == "all_gather":
+  if lay.dispatch != "all_to_all":
     return 1 / lay.members
   own = rows * length * top_k // (sharding.parts("batch", mesh) * sharding.parts("part", mesh) * lay.chunks)
   return own / lay.bound
@@ -318,6 +330,37 @@ def _all_gather(x, gates, plan: Plan, lay: _Layout, compute):
   if lay.summed:
     out = jax.lax.psum(out, lay.summed)
   return hooks.at("after_combine", jax.lax.psum_scatter(out, lay.group, tiled=True) if lay.group else out)
+
+
+def _ring(x, gates, plans, lay: _Layout, compute):
+  """The group's tokens by turns: first those of the neighbours, this device's own last. x [T, D] -> [T, D]."""
+  compute = jax.checkpoint(functools.partial(compute, total=plans[0].sizes.size * lay.members))  # one turn's rows at a time
+
+  def turn(x, gates, plan):
+    return hooks.at("before_combine", compute(hooks.at("after_dispatch", x), gates, plan))
+
+  out, here = None, (hooks.at("before_dispatch", x), gates)
+  for there, plan in zip(_around(here, lay.group), plans):
+    own = turn(*there, plan)
+    out = own if out is None else _onward(out, lay.group) + own
+  return hooks.at("after_combine", out)
+
+
+def _around(x, group: tuple[str, ...]):
+  """What each turn of the ring brings, of a tree of arrays [T, ...]: the first half of one neighbour's tokens and the second of
+  the other's, then of the next ones on both sides, and in the end this device's own."""
+  turns, at = jax.lax.axis_size(group), x
+  for _ in range(1, turns):
+    at = jax.tree.map(functools.partial(_onward, group=group), at)
+    yield at
+  yield x
+
+
+def _onward(x, group: tuple[str, ...]):
+  """[T, ...]: the first half to the next device of the group, the second to the one before, as links work both ways at once."""
+  turns, half = jax.lax.axis_size(group), x.shape[0] // 2
+  ways = [(i, (i + 1) % turns) for i in range(turns)], [(i, (i - 1) % turns) for i in range(turns)]
+  return jnp.concatenate([jax.lax.ppermute(part, group, way) for part, way in zip((x[:half], x[half:]), ways)])
 
 
 def _all_to_all(x, gates, plan: Plan, lay: _Layout, compute):

@@ -5,8 +5,9 @@
 
     before_layer -> (before_dispatch -> after_dispatch -> experts -> before_combine -> after_combine) x chunks -> after_layer
 
-SoftMoE, whose experts get mixtures and no tokens, has none of them. A function gets an array and returns one of the same
-shape and dtype (tokens or rows x D), or None to leave it as it is.
+The ring dispatch has one before_dispatch and one after_combine around all chunks, as its transfers are between them.
+SoftMoE, whose experts get mixtures and no tokens, has none of them. A function gets an array and returns one of the same shape
+and dtype (tokens or rows x D), or None to leave it as it is.
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ CASES = {
     "gather_two_degrees": ({"expert": 2, "fsdp": 2, "tensor": 2}, {},
                            {"dispatch": "all_gather", "overlap_degree": 4, "backward_degree": 2}),
     "gather_chunks": ({"slice": 2, "expert": 2, "tensor": 2}, {}, {"dispatch": "all_gather", "overlap_degree": 4}),
+    "ring": ({"expert": 4, "tensor": 2}, {}, {"dispatch": "ring"}),
+    "ring_capacity": ({"fsdp": 2, "expert": 2, "context": 2}, {}, {"dispatch": "ring", **CAPACITY}),
     "gather_context_capacity": ({"fsdp": 2, "context": 2, "tensor": 2}, {}, CAPACITY),
     "sigmoid": ({"expert": 4, "context": 2}, {"gate": "sigmoid", "bias_update_rate": 0.01}, {**DROPLESS, "overlap_degree": 2}),
     "cosine": ({"data": 2, "expert": 4}, {"gate": "cosine", "cosine_width": 8}, {**DROPLESS, "buffer_factor": 1.2}),
@@ -44,7 +46,7 @@ CASES = {
     "recurrent": ({"slice": 2, "context": 2, "expert": 2}, {"recurrent": {"cell": "gru", "width": 8}}, DROPLESS),
 }
 ADAM = 5e-5  # it divides by a root, which doubles the relative error of a small gradient
-FAST = ("to_all_overflow",)
+FAST = ("to_all_overflow", "ring")
 
 
 def compare(mesh, router, block):
@@ -70,9 +72,10 @@ def random_case(seed: int):
   if sizes["tensor"] > 2:  # two key/value heads
     sizes["fsdp"] *= sizes["tensor"] // 2
     sizes["tensor"] = 2
-  block = {"dispatch": str(rng.choice(["all_gather", "all_to_all"])), "overlap_degree": int(rng.choice([1, 2, 4])),
-           "backward_degree": int(rng.choice([0, 2])), "buffer_factor": float(rng.choice([1.0, 1.5])),
+  block = {"dispatch": str(rng.choice(["all_gather", "all_to_all", "ring"])), "buffer_factor": float(rng.choice([1.0, 1.5])),
            **(CAPACITY if rng.random() < 0.4 else {})}
+  if block["dispatch"] != "ring":
+    block |= {"overlap_degree": int(rng.choice([1, 2, 4])), "backward_degree": int(rng.choice([0, 2]))}
   return sizes, {"top_k": int(rng.choice([1, 2, 4]))}, block
 
 
@@ -231,6 +234,22 @@ def test_hooks_see_each_chunk_in_order_and_may_change_it(dispatch):
       pass
 
 
+def test_hooks_of_the_ring():
+  """One before_dispatch and one after_combine around a turn for each device; traced only."""
+  e, seen = config.Experts(num_experts=4, d_expert=8, backend="dense", dispatch="ring"), []
+  weights = experts.Weights(*(jnp.ones(s) for s in ((4, 16, 8), (4, 16, 8), (4, 8, 16))))
+
+  def layer(x):
+    plans = experts.make_plan(jnp.zeros((4, 8, 1), jnp.int32), e)
+    return experts.apply_experts(x, plans, jnp.ones((4, 8, 1)), weights, activation="swiglu", experts=e)
+
+  with jax.set_mesh(sharding.make_mesh(config.Mesh(expert=4), jax.devices()[:4])):
+    with hooks.installed(**{p: functools.partial(lambda p, x: seen.append((p, x.shape)), p) for p in hooks.POINTS}):
+      jax.eval_shape(layer, jnp.ones((4, 8, 16)))
+  turn = [("after_dispatch", (8, 16)), ("before_combine", (8, 16))]
+  assert seen[1:-1] == [("before_dispatch", (8, 16)), *4 * turn, ("after_combine", (8, 16))]
+
+
 # ------------------------------------------------------------------------------------------------------------- rules
 
 
@@ -239,6 +258,8 @@ def test_rules_are_checked():
     sharding.spec("colour")
   with pytest.raises(ValueError, match=r"\('heads', 'hidden'\) collide on mesh axes"):
     sharding.spec("heads", "hidden")
+  with pytest.raises(config.ConfigError, match="overlap_degree = 2 and backward_degree = 0: dispatch = 'ring' has one chunk"):
+    config.Experts(num_experts=4, d_expert=8, dispatch="ring", overlap_degree=2)
   with pytest.raises(config.ConfigError, match="reserved for pipeline stages"):
     config.Mesh(stage=2)
   run = small.run(length=12, mesh={"context": 4, "tensor": 2})

@@ -235,7 +235,7 @@ class Experts(_Checked):
   drop_policy: str = "position"  # who keeps a slot: earlier tokens | higher probability | random (both look ahead)
   backend: str = "auto"  # of the matmuls: loop | ragged_dot | dense | fused | tokamax; auto: kernels/plan.py chooses
   dispatch: str = "auto"  # all_gather | ring | all_to_all: how tokens reach their experts; auto: all_to_all but on CPU
-  buffer_factor: float = 1.5  # receive buffers of all_to_all over the mean; what is beyond takes further rounds
+  buffer_factor: float = 1.5  # rows that a device has room for over the mean; what is beyond takes a longer way
   overlap_degree: int = 1  # chunks of tokens whose transfers may run beside other chunks' matmuls
   backward_degree: int = 0  # the same for the backward pass, which then does the layer's forward again; 0: as the forward
   forward_weights: str = ""  # int8 | float8_e4m3fn: the experts' matrices in the forward; their gradient passes through
@@ -249,8 +249,8 @@ class Experts(_Checked):
     _one_of(self, "backend", ("auto", "loop", "ragged_dot", "dense", "fused", "tokamax"))
     _one_of(self, "forward_weights", ("", "int8", "float8_e4m3fn"))
     if self.dispatch == "ring" and max(self.overlap_degree, self.backward_degree) > 1:
-      raise ConfigError(f"Experts.overlap_degree = {self.overlap_degree} and backward_degree = {self.backward_degree}: dispatch "
-                        "= 'ring' has one chunk for each device of the group; leave out both, or take another dispatch")
+      raise ConfigError(f"Experts.overlap_degree = {self.overlap_degree} and backward_degree = {self.backward_degree}: "
+                        "dispatch = 'ring' has one chunk for each device; leave out both, or take another dispatch")
     if self.shared_gate and not self.d_shared:
       raise ConfigError("Experts.shared_gate needs shared experts; set d_shared > 0")
 

@@ -5,15 +5,17 @@ Every device starts with tokens of its own: the batch is split over (slice, data
 width, so tokens travel between the devices of a group, expert x tensor:
 
     all_gather   every device gets all tokens of the group, runs its experts on the selections that are theirs, and the partial
-                 sums are reduce-scattered: exact for any imbalance; moves less while the group is smaller than top_k
+                 sums are reduce-scattered; moves less than all_to_all while the group is smaller than top_k
     ring         the same, but tokens go from device to device, half of them each way, and the sums after them: no more than
                  one device's tokens are there at once, and each hop runs beside the matmuls on those that came before
     all_to_all   each selection goes to the device of its expert (`ragged_all_to_all`; exchange.py has the offsets), is
-                 gathered over `tensor` there, and comes back. Receive buffers are bounded at `Experts.buffer_factor` times
-                 the mean; what does not fit goes in further rounds, so that this too is exact for any imbalance
+                 gathered over `tensor` there, and comes back
 
+A device has room for `Experts.buffer_factor` times the mean of rows. Where loads are more uneven, what does not fit goes in
+further rounds (all_to_all), or the same is done once more with room for everything: exact for any imbalance.
 The first and the last may be cut into `Experts.overlap_degree` chunks (another number in the backward pass:
-`Experts.backward_degree`), so that one chunk's transfers can run beside another's matmuls. `hooks.py` names the points that a chunk passes.
+`Experts.backward_degree`), so that one chunk's transfers can run beside another's matmuls. `hooks.py` names the points that a
+chunk passes.
 Weights are gathered over (fsdp, context) once, inside: so their gradients leave by reduce-scatter, not by all-reduce.
 """
 
@@ -87,7 +89,8 @@ class _Layout(NamedTuple):
   summed: tuple[str, ...]  # axes over which partial results are summed at once, where tokens could not be split
   members: int  # devices along expert
   chunks: int
-  bound: int  # rows of a receive buffer
+  mean: int  # rows of a device and chunk where loads are even
+  bound: int  # rows that there is room for
 
 
 def layout(mesh, rows: int, length: int, top_k: int, experts: config.Experts) -> _Layout:
@@ -96,7 +99,7 @@ def layout(mesh, rows: int, length: int, top_k: int, experts: config.Experts) ->
   `auto` takes all_to_all, whose buffers are bounded, on accelerators, and all_gather on CPU, which has no such operation.
   """
   if mesh.empty:
-    return _Layout("all_gather", PartitionSpec(), (), (), 1, 1, 0)
+    return _Layout("all_gather", PartitionSpec(), (), (), 1, 1, rows * length * top_k, rows * length * top_k)
   split = length % sharding.parts("part", mesh) == 0  # not when decoding a token at a time
   tensor = sharding.axes_of("hidden", mesh)
   group = sharding.axes_of("experts", mesh) + (tensor if split else ())
@@ -108,10 +111,14 @@ def layout(mesh, rows: int, length: int, top_k: int, experts: config.Experts) ->
     dispatch = "all_gather"
   tokens = rows * length // (sharding.parts("batch", mesh) * (sharding.parts("part", mesh) if split else 1))
   chunks = math.gcd(experts.overlap_degree, tokens) if group else 1
-  selections = tokens // chunks * top_k
-  bound = min(-(-int(experts.buffer_factor * selections) // 8) * 8, members * selections)
+  mean = tokens // chunks * top_k
+  if dispatch == "all_gather":
+    mean *= math.prod(mesh.shape[a] for a in group) // members
+  elif dispatch == "ring":
+    mean = -(-mean // members)
+  bound = min(-(-int(experts.buffer_factor * mean) // 8) * 8, members * mean)
   spec = sharding.spec("batch", "part") if split else sharding.spec("batch")
-  return _Layout(dispatch, spec, group, () if split else tensor, members, chunks, bound)
+  return _Layout(dispatch, spec, group, () if split else tensor, members, chunks, mean, bound)
 
 
 _DEVICES = PartitionSpec(sharding.AXES)
@@ -297,12 +304,9 @@ def kernel_shape(run: config.Run, mesh) -> kernel_plan.Shape:
 
 def filled_rows(run: config.Run, mesh) -> float:
   """Share of the rows of a device's matmuls that hold a selection when loads are even."""
-  rows, length, top_k = run.data.batch_sequences // run.train.micro_batches, run.data.sequence_tokens, run.model.router.top_k
-  lay = layout(mesh, rows, length, top_k, run.model.experts)
-  if lay.dispatch != "all_to_all":
-    return 1 / lay.members
-  own = rows * length * top_k // (sharding.parts("batch", mesh) * sharding.parts("part", mesh) * lay.chunks)
-  return own / lay.bound
+  rows, length = run.data.batch_sequences // run.train.micro_batches, run.data.sequence_tokens
+  lay = layout(mesh, rows, length, run.model.router.top_k, run.model.experts)
+  return lay.mean / lay.bound
 
 
 def kernel_choice(run: config.Run, mesh) -> kernel_plan.Choice:
@@ -325,8 +329,8 @@ def _all_gather(x, gates, plan: Plan, lay: _Layout, compute):
   x = hooks.at("before_dispatch", x)
   if lay.group:
     x, gates = (jax.lax.all_gather(a, lay.group, tiled=True) for a in (x, gates))
-  out = compute(hooks.at("after_dispatch", x), gates, plan, total=plan.sizes.size * lay.members)
-  out = hooks.at("before_combine", out)
+  compute = functools.partial(compute, total=plan.sizes.size * lay.members)
+  out = hooks.at("before_combine", _within(compute, lay.bound)(hooks.at("after_dispatch", x), gates, plan))
   if lay.summed:
     out = jax.lax.psum(out, lay.summed)
   return hooks.at("after_combine", jax.lax.psum_scatter(out, lay.group, tiled=True) if lay.group else out)
@@ -334,7 +338,8 @@ def _all_gather(x, gates, plan: Plan, lay: _Layout, compute):
 
 def _ring(x, gates, plans, lay: _Layout, compute):
   """The group's tokens by turns: first those of the neighbours, this device's own last. x [T, D] -> [T, D]."""
-  compute = jax.checkpoint(functools.partial(compute, total=plans[0].sizes.size * lay.members))  # one turn's rows at a time
+  compute = _within(functools.partial(compute, total=plans[0].sizes.size * lay.members), lay.bound)
+  compute = jax.checkpoint(compute)  # one turn's rows at a time
 
   def turn(x, gates, plan):
     return hooks.at("before_combine", compute(hooks.at("after_dispatch", x), gates, plan))
@@ -344,6 +349,19 @@ def _ring(x, gates, plans, lay: _Layout, compute):
     own = turn(*there, plan)
     out = own if out is None else _onward(out, lay.group) + own
   return hooks.at("after_combine", out)
+
+
+def _within(compute, bound: int):
+  """`compute(x, gates, plan)` with room for `bound` rows of the experts; for all rows there can be where they are more."""
+
+  def bounded(x, gates, plan):
+    if plan.order.size <= bound:
+      return compute(x, gates, plan)
+    fits = jnp.sum(plan.sizes) <= bound
+    return jax.lax.cond(fits, compute, jax.checkpoint(lambda x, gates, _: compute(x, gates, plan)),
+                        x, gates, plan._replace(order=plan.order[:bound]))
+
+  return bounded
 
 
 def _around(x, group: tuple[str, ...]):

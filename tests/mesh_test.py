@@ -176,13 +176,14 @@ def test_exchange_gradient_is_the_way_back():
   assert np.abs(np.asarray(grad)).sum() > 0
 
 
-def test_the_overflow_is_needed_and_runs():
-  """All tokens to one expert: the longest queue is far beyond the buffer, and the result is the one-device result; with the
-  later rounds taken away it is not."""
-  e = config.Experts(num_experts=4, d_expert=8, backend="dense", dispatch="all_to_all", buffer_factor=1.0)
+@pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather", "ring"])
+def test_the_overflow_is_needed_and_runs(dispatch):
+  """All tokens to one expert: far more than there is room for, and the result is the one-device result; with the longer way
+  taken away it is not."""
+  e = config.Experts(num_experts=4, d_expert=8, backend="dense", dispatch=dispatch, buffer_factor=1.0)
   rng = np.random.default_rng(0)
-  x = jnp.asarray(rng.normal(size=(4, 8, 16)), jnp.float32)
-  gates, chosen = jnp.ones((4, 8, 1)), jnp.full((4, 8, 1), 2, jnp.int32)
+  x = jnp.asarray(rng.normal(size=(4, 32, 16)), jnp.float32)
+  gates, chosen = jnp.ones((4, 32, 1)), jnp.full((4, 32, 1), 2, jnp.int32)
   weights = experts.Weights(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 16, 8), (4, 16, 8), (4, 8, 16))))
 
   def run(x, weights):
@@ -191,15 +192,15 @@ def test_the_overflow_is_needed_and_runs():
   want = run(x, weights)
   with jax.set_mesh(sharding.make_mesh(config.Mesh(expert=4), jax.devices()[:4])) as _:
     got = jax.jit(run)(x, weights)
-    lost = run_without_overflow(run, x, weights)
+    lost = run_without_overflow(run, x, weights, 2 if dispatch == "all_to_all" else 1)
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
   assert np.abs(np.asarray(lost) - np.asarray(want)).max() > 0.1
 
 
-def run_without_overflow(run, x, weights):
+def run_without_overflow(run, x, weights, branch: int):
   original = jax.lax.cond
   try:
-    jax.lax.cond = lambda which, yes, no, *args: no(*args)
+    jax.lax.cond = lambda *args: args[branch](*args[3:])
     return jax.jit(lambda *a: run(*a))(x, weights)
   finally:
     jax.lax.cond = original

@@ -123,6 +123,14 @@ def test_dispatch_runs_beside_the_experts():
   assert matmuls[2] >= 2 * matmuls[1] > 0, matmuls
 
 
+def test_hops_of_a_ring_run_beside_the_experts():
+  experts = {**WIDE["experts"], "num_experts": 16, "dispatch": "ring"}
+  hops = [c for c in walked("v5p:2x2x2", {"expert": 8}, model={**WIDE, "experts": experts}).collectives
+          if c.kind == "collective-permute" and c.axes == ("expert",)]
+  assert hops and all(c.asynchronous for c in hops)
+  assert sum(c.exposed for c in hops) < 0.3 * sum(c.seconds for c in hops)
+
+
 def test_what_does_not_fit_is_told(capsys):
   arguments = ["--gin_file=configs/run/mixtral_8x7b_v6e_64.gin", "--topology=v5e:2x2", "--gin.Mesh.fsdp=4",
                "--gin.Model.num_layers=1", "--gin.Data.batch_sequences=32"]

@@ -24,8 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # gathered beside the work of the one before, and one half of the experts' exchange runs beside the work on the other.
 _OFFLOAD, _LAYERS, _CHUNKS = {"Model.remat": '"offload"'}, {"Model.scan_unroll": 2}, {"Experts.overlap_degree": 2}
 OTHERWISE = {"fsdp": {"ours, offload": _OFFLOAD, "ours, two layers a turn": _LAYERS},
-             "expert": {"ours, two chunks": _CHUNKS, "ours, two chunks, offload": _CHUNKS | _OFFLOAD,
-                        "ours, two chunks, two layers": _CHUNKS | _LAYERS}}
+             "expert": {"ours, two chunks": _CHUNKS, "ours, two chunks, offload": _CHUNKS | _OFFLOAD}}
 
 
 class Row(NamedTuple):

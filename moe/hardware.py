@@ -39,6 +39,11 @@ CHIPS = {
 }
 
 
+def rings(chip: Chip, shape) -> tuple[bool, ...]:
+  """Which dimensions of a slice close in a ring: those of 16 chips on v5e and v6e, all of whole cubes of 4x4x4 on the others."""
+  return tuple(n == 16 for n in shape) if chip.torus == 2 else (all(n % 4 == 0 for n in shape),) * len(shape)
+
+
 def link_rate(chip: Chip, shape, spans=None) -> float:
   """Bytes/s that a device sends over the links it has in a slice: two for each dimension that closes in a ring, one for each
   that is a line, none for a dimension of one chip.
@@ -47,8 +52,8 @@ def link_rate(chip: Chip, shape, spans=None) -> float:
     shape: chips of the slice along x, y, z, or less than three of them.
     spans: chips that a group of devices has along each; default: the whole slice.
   """
-  closed = [n == 16 for n in shape] if chip.torus == 2 else [all(n % 4 == 0 for n in shape)] * len(shape)
-  links = sum(0 if span == 1 else 2 if ring and span == n else 1 for n, ring, span in zip(shape, closed, spans or shape))
+  links = sum(0 if span == 1 else 2 if ring and span == n else 1
+              for n, ring, span in zip(shape, rings(chip, shape), spans or shape))
   return chip.links * (links / (2 * chip.torus) or 1)  # within a chip: no link, so none that holds up
 
 

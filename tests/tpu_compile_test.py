@@ -14,8 +14,6 @@ import pytest
 jax = pytest.importorskip("jax")
 pytest.importorskip("libtpu", reason="libtpu is in the environment of tools/dev.sh tpu only (Python >= 3.12)")
 
-from jax.experimental import topologies  # noqa: E402
-
 from moe import config  # noqa: E402
 from moe import gin_config  # noqa: E402
 from moe import hardware  # noqa: E402
@@ -34,7 +32,7 @@ RUN = dict(batch=16, length=256, model={
 
 
 def compiled(topology: str, mesh: dict, **changes) -> tuple[config.Run, object]:
-  devices = topologies.get_topology_desc(topology, platform="tpu").devices
+  devices = compile_check.devices_of(topology)
   run = small.change(small.run(**RUN, mesh=mesh), **changes)
   return run, step_lib.compile_step(run, sharding.make_mesh(run.mesh, devices))
 
@@ -75,7 +73,7 @@ WIDE = {"remat": "full", "d_model": 1024, "attention": {"num_heads": 8, "num_kv_
 
 def walked(topology, mesh, **changes):
   run, program = compiled(topology, mesh, data={"sequence_tokens": 4096}, **changes)
-  sizes = dict(sharding.make_mesh(run.mesh, topologies.get_topology_desc(topology, platform="tpu").devices).shape)
+  sizes = dict(sharding.make_mesh(run.mesh, compile_check.devices_of(topology)).shape)
   return hlo.walk(hlo.parse(program.as_text()), hardware.CHIPS[topology.split(":")[0]], sizes)
 
 

@@ -18,13 +18,12 @@ import time
 
 
 def _child(size: str, layers: int, topology: str, backend: str) -> None:
-  from jax.experimental import topologies
-
   from moe import gin_config
   from moe import sharding
   from moe import step
+  from tools import compile_check
 
-  devices = topologies.get_topology_desc(topology, platform="tpu").devices
+  devices = compile_check.devices_of(topology)
   flags = {"Experts.backend": f'"{backend}"', "Mesh.data": 1, "Mesh.fsdp": len(devices), "Data.batch_sequences": len(devices),
            "Data.sequence_tokens": 4096, "Train.micro_batches": 1, "Model.compute_dtype": '"bfloat16"', "Model.remat": '"full"',
            "Model.num_layers": layers}

@@ -99,8 +99,8 @@ def cpu(rounds: int) -> None:
 
 
 def tpu(topology: str) -> None:
-  from jax.experimental import topologies
-  devices = topologies.get_topology_desc(topology, platform="tpu").devices
+  from tools import compile_check
+  devices = compile_check.devices_of(topology)
 
   def build(run):
     cost = step_lib.compile_step(run, sharding.make_mesh(run.mesh, devices)).cost_analysis()

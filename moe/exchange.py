@@ -4,7 +4,8 @@ Each device of an expert axis holds rows sorted by expert. Those for device d fo
 the second, and so on, each source's by expert. d receives a window of its queue, `bound` rows long; the window that starts
 at 0 is all of it unless loads are very uneven. All devices know all counts, so all agree on every offset.
 
-Where the backend lacks the operation (CPU) `_emulated` does what it is specified to do, from the same offsets.
+Where the backend lacks the operation (CPU), and for one number a row, `_emulated` does what it is specified to do, from the
+same offsets.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def send_back(rows: jax.Array, ways: Ways, first, length: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _travel(axis: str, length: int, rows, there: Way, back: Way):
-  if sharding.current_device().platform == "cpu":
+  # One number a row is gathered from everyone, too: the operation would send it as 128 lanes.
+  if sharding.current_device().platform == "cpu" or rows.shape[1] == 1:
     out = _emulated(rows, length, there, axis)
   else:
     # Into memory as it is: the compiler would spend more on zeros in the layout that the operation wants than on the transfer.

@@ -16,6 +16,8 @@ further rounds (all_to_all), or the same is done once more with room for everyth
 The first and the last may be cut into `Experts.overlap_degree` chunks (another number in the backward pass:
 `Experts.backward_degree`), so that one chunk's transfers can run beside another's matmuls. `hooks.py` names the points that a
 chunk passes.
+An expert weighs its hidden rows with the gate, before its second matrix, where the gate's gradient is at hand: so neither that
+product nor the way back is done again when a layer is rematerialised.
 Weights are gathered over (fsdp, context) once, inside: so their gradients leave by reduce-scatter, not by all-reduce.
 """
 
@@ -384,36 +386,36 @@ def _onward(x, group: tuple[str, ...]):
 def _all_to_all(x, gates, plan: Plan, lay: _Layout, compute):
   """One chunk: each selection to the device of its expert, and back. x [T, D] -> [T, D]."""
   tensor = tuple(a for a in lay.group if a == "tensor")
-  rows = _to_experts(x, plan, gates.shape[1])
+  rows, gates = _to_experts(x, plan, gates.shape[1]), _to_experts(gates.reshape(-1, 1), plan, 1)
   counts = plan.counts.reshape(lay.members, -1, plan.counts.shape[-1]).swapaxes(0, 1)  # [tensor, expert, E]
   ways = exchange.Ways(counts, lay.bound, "expert", tensor)
 
-  def window(rows, first):
+  def window(rows, gates, first):
     """What the rows that arrive at places first .. first + bound - 1 of each device's queue come back as."""
-    received = exchange.send(hooks.at("before_dispatch", rows), ways, first)
+    received = exchange.send(hooks.at("before_dispatch", rows), ways, first), exchange.send(gates, ways, first)
     if tensor:
-      received = jax.lax.all_gather(received, "tensor", tiled=True)
-    received = hooks.at("after_dispatch", received)
-    order, inverse, sizes = ways.received(first)
-    arrived = (inverse < jnp.sum(sizes)).astype(jnp.float32)[:, None]
-    out = hooks.at("before_combine", compute(received, arrived, Plan(order, inverse, sizes), total=sizes.size))
+      received = (jax.lax.all_gather(a, "tensor", tiled=True) for a in received)
+    received, gates = received
+    plan = Plan(*ways.received(first))
+    out = hooks.at("before_combine", compute(hooks.at("after_dispatch", received), gates, plan, total=plan.sizes.size))
     if tensor:
       out = jax.lax.psum_scatter(out, "tensor", tiled=True)
     return hooks.at("after_combine", exchange.send_back(out, ways, first, rows.shape[0]))
 
-  out = window(rows, 0)
+  out = window(rows, gates, 0)
   rounds = -(-lay.members * rows.shape[0] // lay.bound)
   if rounds > 1:  # in the worst case; where loads are bearable none of this runs
     again = jax.checkpoint(window, prevent_cse=False)
 
-    def overflow(rows):
+    def overflow(rows, gates):
       def one(total, first):
-        return total + jax.lax.cond(first < ways.longest, again, lambda rows, _: jnp.zeros_like(rows), rows, first), None
+        more = jax.lax.cond(first < ways.longest, again, lambda rows, *_: jnp.zeros_like(rows), rows, gates, first)
+        return total + more, None
 
       return jax.lax.scan(one, jnp.zeros_like(rows), jnp.arange(1, rounds) * lay.bound)[0]
 
-    out = jax.lax.cond(ways.longest > lay.bound, lambda out, rows: out + overflow(rows), lambda out, _: out, out, rows)
-  return _weighted_sum(out, plan, gates)
+    out = jax.lax.cond(ways.longest > lay.bound, lambda out, *a: out + overflow(*a), lambda out, *_: out, out, rows, gates)
+  return _sum(out, plan, gates.shape[0] // x.shape[0])
 
 
 # ------------------------------------------------------------------------------------------------------------ experts
@@ -440,17 +442,27 @@ def _experts(x, gates, plan: Plan, *, total: int, matrices: _Matrices, activatio
   rows = _to_experts(x, plan, top_k)
   gate = grouped_matmul(rows, weights.gate, plan.sizes, backend=choice.backend)
   up = None if weights.up is None else grouped_matmul(rows, weights.up, plan.sizes, backend=choice.backend)
-  return _weighted_sum(grouped_matmul(activate(gate, up, activation), weights.down, plan.sizes, backend=choice.backend),
-                       plan, gates)
+  hidden = _weighted(gate, up, _to_experts(gates.reshape(-1, 1), plan, 1), activation)
+  return _sum(grouped_matmul(hidden, weights.down, plan.sizes, backend=choice.backend), plan, top_k)
 
 
-def _weighted_sum(rows, plan: Plan, gates):
-  """[R, D] sorted by expert, [T, K] -> [T, D], summed in float32."""
-  parts = _from_experts(rows, plan, gates.shape[-1])  # [T, K, D]
-  own = (plan.inverse < jnp.sum(plan.sizes)).reshape(gates.shape)[..., None]
-  # Rows of nobody may hold anything, NaN too: a kernel need not write them. So away with them before they meet a gate.
-  parts = jnp.where(own, parts, 0).astype(jnp.float32)
-  return jnp.sum(parts * gates[..., None], 1).astype(rows.dtype)
+def _weighted(gate, up, weights, activation: str):
+  """Activation x gate of the router, [R, F] and [R, 1] float32 -> [R, F]; in float32, rounded once. Its gradient keeps only its
+  arguments."""
+
+  def formula(gate, up, weights):
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), (gate, up))
+    return (activate(*wide, activation) * weights).astype(gate.dtype)
+
+  return jax.checkpoint(formula, prevent_cse=False)(gate, up, weights)
+
+
+def _sum(rows, plan: Plan, top_k: int):
+  """[R, D] sorted by expert -> [T, D], each token's rows summed in float32."""
+  parts = _from_experts(rows, plan, top_k)  # [T, K, D]
+  own = (plan.inverse < jnp.sum(plan.sizes)).reshape(-1, top_k)[..., None]
+  # Rows of nobody may hold anything, NaN too: a kernel need not write them.
+  return jnp.sum(jnp.where(own, parts, 0).astype(jnp.float32), 1).astype(rows.dtype)
 
 
 # Sorting by expert is a permutation of T x K rows, cut off after R; both directions are gathers, whereas the automatic
@@ -470,9 +482,7 @@ def _to_experts(x, plan: Plan, top_k: int):
     return x[plan.order // top_k]
 
   def backward(plan, grad):
-    back = _rows_at(grad, plan)
-    if plan.order.size < plan.inverse.size:
-      back = jnp.where((plan.inverse < plan.order.size)[:, None], back, 0)
+    back = jnp.where((plan.inverse < jnp.sum(plan.sizes))[:, None], _rows_at(grad, plan), 0)  # of nobody's rows: nothing
     return back.reshape(-1, top_k, grad.shape[-1]).sum(1), None
 
   send.defvjp(lambda x, plan: (send(x, plan), plan), backward)

@@ -40,7 +40,7 @@ CHIPS = {
 
 
 def rings(chip: Chip, shape) -> tuple[bool, ...]:
-  """Which dimensions of a slice close in a ring: those of 16 chips on v5e and v6e, all of whole cubes of 4x4x4 on the others."""
+  """Which dimensions of a slice close in a ring: those of 16 chips on v5e and v6e, all of whole cubes of 4x4x4 elsewhere."""
   return tuple(n == 16 for n in shape) if chip.torus == 2 else (all(n % 4 == 0 for n in shape),) * len(shape)
 
 

@@ -121,6 +121,13 @@ def test_dispatch_runs_beside_the_experts():
   assert matmuls[2] >= 2 * matmuls[1] > 0, matmuls
 
 
+def test_remat_repeats_no_way_back():
+  """Five ragged transfers a layer: there and back, there again, and the gradients of both; the router's gates meet the rows
+  at the experts, so nothing needs what came back."""
+  walk = walked("v5p:2x2x2", {"expert": 8}, model={**WIDE, "experts": {**WIDE["experts"], "num_experts": 16}})
+  assert sum(c.count for c in walk.collectives if c.kind == "ragged-all-to-all") == 5 * RUN["model"]["num_layers"]
+
+
 def test_hops_of_a_ring_run_beside_the_experts():
   experts = {**WIDE["experts"], "num_experts": 16, "dispatch": "ring"}
   hops = [c for c in walked("v5p:2x2x2", {"expert": 8}, model={**WIDE, "experts": experts}).collectives

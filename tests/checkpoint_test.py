@@ -73,7 +73,7 @@ def test_digest_sees_every_bit_and_no_sharding(run):
   x = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
   base = checkpoint.digests({"x": jnp.array(x)})
   mesh = mesh_of(run, 8)
-  for spec in (("batch", None), ("embed", "experts")):
+  for spec in (("batch", None), ("expert_embed", "experts")):
     placed = jax.device_put(x, jax.NamedSharding(mesh, sharding.spec(*spec)))
     assert checkpoint.digests({"x": placed}) == base
   for bit in range(32):

@@ -385,8 +385,8 @@ def _onward(x, group: tuple[str, ...]):
 
 def _all_to_all(x, gates, plan: Plan, lay: _Layout, compute):
   """One chunk: each selection to the device of its expert, and back. x [T, D] -> [T, D]."""
-  tensor = tuple(a for a in lay.group if a == "tensor")
-  rows, gates = _to_experts(x, plan, gates.shape[1]), _to_experts(gates.reshape(-1, 1), plan, 1)
+  tensor, top_k = tuple(a for a in lay.group if a == "tensor"), gates.shape[1]
+  rows, gates = _to_experts(x, plan, top_k), _to_experts(gates.reshape(-1, 1), plan, 1)
   counts = plan.counts.reshape(lay.members, -1, plan.counts.shape[-1]).swapaxes(0, 1)  # [tensor, expert, E]
   ways = exchange.Ways(counts, lay.bound, "expert", tensor)
 
@@ -396,8 +396,9 @@ def _all_to_all(x, gates, plan: Plan, lay: _Layout, compute):
     if tensor:
       received = (jax.lax.all_gather(a, "tensor", tiled=True) for a in received)
     received, gates = received
-    plan = Plan(*ways.received(first))
-    out = hooks.at("before_combine", compute(hooks.at("after_dispatch", received), gates, plan, total=plan.sizes.size))
+    arrived = Plan(*ways.received(first))
+    out = compute(hooks.at("after_dispatch", received), gates, arrived, total=arrived.sizes.size)
+    out = hooks.at("before_combine", out)
     if tensor:
       out = jax.lax.psum_scatter(out, "tensor", tiled=True)
     return hooks.at("after_combine", exchange.send_back(out, ways, first, rows.shape[0]))
@@ -415,7 +416,7 @@ def _all_to_all(x, gates, plan: Plan, lay: _Layout, compute):
       return jax.lax.scan(one, jnp.zeros_like(rows), jnp.arange(1, rounds) * lay.bound)[0]
 
     out = jax.lax.cond(ways.longest > lay.bound, lambda out, *a: out + overflow(*a), lambda out, *_: out, out, rows, gates)
-  return _sum(out, plan, gates.shape[0] // x.shape[0])
+  return _sum(out, plan, top_k)
 
 
 # ------------------------------------------------------------------------------------------------------------ experts

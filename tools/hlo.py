@@ -30,6 +30,7 @@ _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e
           "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all", "collective-permute")
 _HOST = "host"
+_GROUPED = ("ragged-dot", "gmm", "tgmm")  # grouped matmuls: XLA's, megablox's and tokamax's
 _NOTHING = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id")
 
 
@@ -361,7 +362,7 @@ class _Walker:
     if i.operation == "custom-call":
       if "tpu_custom_call" not in i.rest:
         return 0.0, True
-      flops = kernel_flops(i) * visited(i, self.filled if i.name.startswith("ragged-dot") else 1.0)
+      flops = kernel_flops(i) * visited(i, self.filled if i.name.startswith(_GROUPED) else 1.0)
       work = flops / (self.chip.flops * KERNEL_EFFICIENCY)
       cycles = _cycles(i) / self.chip.clock
       return max(work, cycles if not flops else 0.0, moved / self.chip.hbm), False
@@ -398,7 +399,7 @@ def visited(i: Instruction, filled: float = 1.0) -> float:
   visits = max(map(int, re.findall(r"\bs32\[(\d+)\]", constraints)), default=0)
   groups = next((int(n) for n in re.findall(r"\w+\[(\d+),\d+,\d+\]", i.shape + constraints)), 0)
   tiles = visits - groups + 1
-  grouped = i.name.startswith(("ragged-dot", "gmm", "tgmm")) and groups and tiles > 0
+  grouped = i.name.startswith(_GROUPED) and groups and tiles > 0
   return (filled * tiles + groups - 1) / tiles if grouped else filled
 
 

@@ -35,6 +35,7 @@ class Row(NamedTuple):
   devices: int
   sequences: int  # a device
   mesh: dict[str, int]  # fsdp, expert
+  filled: float = 1.0  # share of MaxText's receive buffers that loads fill where they are even; its kernels skip the rest
   settings: tuple[str, ...] = ()  # MaxText's, beside those of maxtext_program
 
 
@@ -42,23 +43,26 @@ class Row(NamedTuple):
 # does, with buffers that drop what is beyond 1.5 times the mean.
 _RING = ("use_ring_of_experts=true", "use_tokamax_gmm=true", "use_gmm_v2=true", "use_ragged_sort=true",
          "ragged_buffer_factor=1.5")
+_V6E = "v6e-64", "v6e:8x8", "mixtral-8x7b", "mixtral_8x7b", 64
+_V5P = "v5p-128", "v5p:4x4x4", "mixtral-8x7b", "mixtral_8x7b", 64
+_SMALL = "v6e-16", "v6e:4x4", "deepseek2-16b", "deepseek_v2_lite", 16
 ROWS = {
-    "mixtral_v6e_fsdp": Row("v6e-64", "v6e:8x8", "mixtral-8x7b", "mixtral_8x7b", 64, 4, {"fsdp": 64}),
-    "mixtral_v6e_fsdp_1": Row("v6e-64", "v6e:8x8", "mixtral-8x7b", "mixtral_8x7b", 64, 1, {"fsdp": 64}),
-    "mixtral_v6e_expert": Row("v6e-64", "v6e:8x8", "mixtral-8x7b", "mixtral_8x7b", 64, 2, {"fsdp": 8, "expert": 8}),
-    "mixtral_v6e_ring": Row("v6e-64", "v6e:8x8", "mixtral-8x7b", "mixtral_8x7b", 64, 4, {"fsdp": 8, "expert": 8}, _RING),
-    "mixtral_v5p_fsdp": Row("v5p-128", "v5p:4x4x4", "mixtral-8x7b", "mixtral_8x7b", 64, 4, {"fsdp": 64}),
-    "mixtral_v5p_expert": Row("v5p-128", "v5p:4x4x4", "mixtral-8x7b", "mixtral_8x7b", 64, 4, {"fsdp": 16, "expert": 4}),
-    "deepseek2_v6e_fsdp": Row("v6e-16", "v6e:4x4", "deepseek2-16b", "deepseek_v2_lite", 16, 1, {"fsdp": 16}),
-    "deepseek2_v6e_expert": Row("v6e-16", "v6e:4x4", "deepseek2-16b", "deepseek_v2_lite", 16, 1, {"fsdp": 4, "expert": 4}),
-    "qwen3_v5p_expert": Row("v5p-32", "v5p:2x2x4", "qwen3-30b-a3b", "qwen3_30b_a3b", 16, 2, {"fsdp": 2, "expert": 8}),
+    "mixtral_v6e_fsdp": Row(*_V6E, 4, {"fsdp": 64}),
+    "mixtral_v6e_fsdp_1": Row(*_V6E, 1, {"fsdp": 64}),
+    "mixtral_v6e_expert": Row(*_V6E, 2, {"fsdp": 8, "expert": 8}, 1 / 4),
+    "mixtral_v6e_ring": Row(*_V6E, 4, {"fsdp": 8, "expert": 8}, 1 / 1.5, _RING),
+    "mixtral_v5p_fsdp": Row(*_V5P, 4, {"fsdp": 64}),
+    "mixtral_v5p_expert": Row(*_V5P, 4, {"fsdp": 16, "expert": 4}, 1 / 4),
+    "deepseek2_v6e_fsdp": Row(*_SMALL, 1, {"fsdp": 16}),
+    "deepseek2_v6e_expert": Row(*_SMALL, 1, {"fsdp": 4, "expert": 4}, 1 / 4),
+    "qwen3_v5p_expert": Row("v5p-32", "v5p:2x2x4", "qwen3-30b-a3b", "qwen3_30b_a3b", 16, 2, {"fsdp": 2, "expert": 8}, 1 / 8),
 }
 
 
 def peer(row: Row) -> dict:
   axes = [f"ici_{axis}_parallelism={n}" for axis, n in row.mesh.items()]
-  done = _run(["-m", "tools.bench.maxtext_program", f"--topology={row.peer_topology}", "--", f"model_name={row.model}",
-               f"per_device_batch_size={row.sequences}", *axes, *row.settings])
+  done = _run(["-m", "tools.bench.maxtext_program", f"--topology={row.peer_topology}", f"--filled={row.filled}", "--",
+               f"model_name={row.model}", f"per_device_batch_size={row.sequences}", *axes, *row.settings])
   found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
   return json.loads(found[0][7:]) if found else _problem(done)
 

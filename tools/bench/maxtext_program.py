@@ -47,6 +47,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--topology", required=True, help="MaxText's name, such as v6e-64")
   parser.add_argument("--hlo", help="keep the compiled program in this file")
+  parser.add_argument("--filled", type=float, default=1.0, help="share of the rows of its grouped matmuls that hold something")
   arguments, settings = parser.parse_known_args()
   compiled, seconds = compiled_step(arguments.topology, [s for s in settings if s != "--"])
   text = compiled.as_text()
@@ -56,7 +57,7 @@ def main() -> None:
   mesh = next((s.mesh for s in _shardings(compiled) if hasattr(s, "mesh")), None)
   sizes = dict(mesh.shape) if mesh is not None else {}
   memory, program = compiled.memory_analysis(), hlo.parse(text)
-  walk = hlo.walk(program, hardware.CHIPS[arguments.topology.split("-")[0]], mesh or {})
+  walk = hlo.walk(program, hardware.CHIPS[arguments.topology.split("-")[0]], mesh or {}, arguments.filled)
   print("RESULT " + json.dumps({
       "peak_bytes": memory.peak_memory_in_bytes, "arguments": memory.argument_size_in_bytes,
       "temporaries": memory.temp_size_in_bytes, "mesh": {a: n for a, n in sizes.items() if n > 1},

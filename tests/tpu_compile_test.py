@@ -89,8 +89,9 @@ def test_collectives_run_beside_the_matmuls(topology):
     assert walk.unknown_trips == 0
     if offload:
       assert moved["all-reduce"] < 0.05 * matrix and moved["reduce-scatter"] > 3 * matrix * 7 / 8
-      # About 0.7 on v5p: nothing is there to hide the first gather of a turn of the scan behind.
-      assert started > 0.9 and hlo.overlapped_share(walk.collectives) > 0.5
+      # All but the first gather of a matrix in each pass of a layer, behind which nothing stands; on v6e less than that.
+      first = 2 * 4 * (2 * 4 * 1024 * 4096) * 7 / 8 / sum(c.bytes for c in walk.collectives)
+      assert started > 0.9 and hlo.overlapped_share(walk.collectives) > (0.9 if topology == "v6e:2x4" else 0.999 - first)
       assert "collective-permute" not in {c.kind for c in walk.collectives}  # no matmul cut into pieces
     else:
       assert started < 0.3

@@ -1,6 +1,7 @@
 """All tests run on eight CPU devices, so that meshes are real, and compile without optimisation, which is five times
 quicker; programs started by a test (train_test.py) are optimised as usual."""
 
+import logging
 import os
 
 import pytest
@@ -13,6 +14,10 @@ os.environ["XLA_FLAGS"] = " ".join([_given] + [f"--{name}={value}" for name, val
 import jax  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
+
+# A failed save (checkpoint_test.py) leaves exceptions that asyncio logs when they are freed, in whichever test then runs.
+# Formatting a traceback parses Python, and within another parse that is a SystemError there (Python 3.11).
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 # The files that take minutes go first, so that no worker is left with one of them at the end.
 _LONG = ("train_test", "router_test", "step_test", "model_test", "fused_experts_test", "mesh_test", "checkpoint_test")

@@ -108,8 +108,41 @@ def test_a_transfer_that_goes_on_beside_several_matmuls_counts_once():
   assert (gather.kind, gather.bytes, gather.asynchronous) == ("all-gather", 4000, True)
   assert gather.exposed == pytest.approx(2e-6) and walk.compute == pytest.approx(2e-6)
   assert (exchange.kind, exchange.bytes) == ("ragged-all-to-all", 4000 / 2)
-  assert walk.host == walk.host_exposed == pytest.approx(4000 / CHIP.host) and walk.network == pytest.approx(6e-6)
+  assert walk.host == pytest.approx(4000 / CHIP.host) and walk.network == pytest.approx(6e-6)
+  assert walk.host_exposed == pytest.approx(walk.host)
   assert walk.seconds == pytest.approx(2e-6 + 2e-6 + 2e-6 + walk.host)
+
+
+SPARSE_CORE = """HloModule m, is_scheduled=true
+
+%gather (q: f32[1000]) -> f32[2000] {
+  %q = f32[1000]{0} parameter(0)
+  ROOT %g = f32[2000]{0} all-gather(%q), replica_groups={{0,2},{1,3},{4,6},{5,7}}, dimensions={0}
+}
+
+ENTRY %main (a: f32[1000]) -> f32[1000] {
+  %a = f32[1000]{0} parameter(0)
+  %one.start = (f32[2000], s32[]) call-start(), to_apply=%gather
+  %work.1 = f32[1000]{0} fusion(%a), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"3000"}
+  %one.update = (f32[2000], s32[]) call-update(%one.start, %work.1)
+  %two.start = (f32[2000], s32[]) call-start(), to_apply=%gather
+  %work.2 = f32[1000]{0} fusion(%a), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"1000"}
+  %two.update = (f32[2000], s32[]) call-update(%two.start, %work.2)
+  %work.3 = f32[1000]{0} fusion(%a), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"2000"}
+  %two = f32[2000]{0} call-done(%two.update)
+  %one = f32[2000]{0} call-done(%one.update)
+}
+"""
+
+
+def test_a_transfer_by_the_sparse_core_begins_with_its_update():
+  """Two of 4 us each, from 3 us on one after the other: done at 11 us, when 6 us of work are over. The first one's last
+  microsecond is exposed, too, and counts as its own though the program waits for the second."""
+  walk = hlo.walk(hlo.parse(SPARSE_CORE), CHIP, SIZES)
+  one, two = walk.collectives
+  assert one.asynchronous and two.asynchronous and one.seconds == two.seconds == pytest.approx(4e-6)
+  assert walk.seconds == pytest.approx(11e-6) and walk.exposed == pytest.approx(5e-6)
+  assert (one.exposed, two.exposed) == (pytest.approx(1e-6), pytest.approx(4e-6))
 
 
 def test_unknown_trips_are_counted():

@@ -231,8 +231,9 @@ class _Walker:
     return self.cache[name]
 
   def _walk(self, instructions: list[Instruction]) -> Walk:
-    out, now, free = Walk(), 0.0, {}
-    started: dict[str, tuple[float, Collective]] = {}
+    out, now = Walk(), 0.0
+    queues: dict[object, list[tuple[float, Collective]]] = {}  # (beginning, transfer), by what goes one at a time
+    started: dict[str, Collective] = {}
     chain: dict[str, str] = {}  # what hands a transfer on that is under way -> the name that it started under
     shapes = {i.name: i for i in instructions}
     for i in instructions:
@@ -250,29 +251,25 @@ class _Walker:
         now += self._add(out, self.walk(i.called("to_apply") or ""), 1)
       elif i.operation in ("call-update", "custom-call-update"):  # a transfer by the SparseCore gets its operands and begins
         if i.operands and i.operands[0] in started:
-          _, collective = started.pop(i.operands[0])
-          begin = max(now, free.get(collective.axes, 0.0))
-          free[collective.axes] = begin + collective.seconds
-          started[i.name] = begin + collective.seconds, collective
+          started[i.name] = started.pop(i.operands[0])
+          _enqueue(queues, started[i.name], now)
       elif i.operation.endswith("-done") or i.name.startswith(_DONE):
         source = i.operands[0] if i.operands else ""
         if i.name.startswith(_DONE):
           source = next((chain[o] for o in i.operands if chain.get(o) in started), "")
         if source in started:
-          end, collective = started.pop(source)
-          wait = max(end - now, 0.0)
-          collective.exposed = min(wait, collective.seconds)
+          collective = started.pop(source)
+          wait = _wait(queues, collective, now)
           if collective.kind == _HOST:
-            out.host_exposed += collective.exposed
+            out.host_exposed += wait
           else:
-            out.exposed += collective.exposed
+            out.exposed += wait
           now += wait
       elif i.operation.endswith("-start") and "S(5)" in i.shape:
         taken = _on_device(i.shape) / self.chip.host
         out.host += taken
-        begin = max(now, free.get(_HOST, 0.0))
-        free[_HOST] = begin + taken
-        started[i.name] = begin + taken, Collective(_HOST, (), 0.0, 1, True, taken, 0.0, i.source)
+        started[i.name] = Collective(_HOST, (), 0.0, 1, True, taken, 0.0, i.source)
+        _enqueue(queues, started[i.name], now)
       elif inside is not None or kind in _KINDS:
         kind = kind if kind in _KINDS else inside.operation.removesuffix("-start")
         collective = self._collective(i, kind, inside or i, shapes)
@@ -281,9 +278,9 @@ class _Walker:
         out.collectives.append(collective)
         out.network += collective.seconds
         if collective.asynchronous:
-          begin = max(now, free.get(collective.axes, 0.0))
-          free[collective.axes] = begin + collective.seconds
-          started[i.name] = begin + collective.seconds, collective
+          started[i.name] = collective
+          if i.operation not in ("call-start", "custom-call-start"):  # these begin with their update
+            _enqueue(queues, collective, now)
         else:
           # A fusion around a collective computes too: the longer of both.
           cycles = _cycles(i) / self.chip.clock if inside is not None else 0.0
@@ -370,6 +367,25 @@ class _Walker:
     if cycles:
       return cycles / self.chip.clock, i.operation == "copy"
     return (moved / self.chip.hbm, True) if moved > 1 << 20 and "S(1)" not in i.shape else (0.0, True)
+
+
+def _lane(collective: Collective):
+  """What transfers one at a time."""
+  return _HOST if collective.kind == _HOST else collective.axes
+
+
+def _enqueue(queues: dict, collective: Collective, now: float) -> None:
+  queue = queues.setdefault(_lane(collective), [])
+  queue.append((max(now, queue[-1][0] + queue[-1][1].seconds) if queue else now, collective))
+
+
+def _wait(queues: dict, collective: Collective, now: float) -> float:
+  """Seconds until a transfer has ended, noted as exposed on it and on those that it waits for."""
+  queue = queues[_lane(collective)]
+  end = next(begin for begin, c in queue if c is collective) + collective.seconds
+  for begin, c in queue:
+    c.exposed += max(min(end, begin + c.seconds) - max(now, begin), 0.0)
+  return max(end - now, 0.0)
 
 
 def rate(chip: Chip, mesh, axes: tuple[str, ...]) -> float:

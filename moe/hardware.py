@@ -7,8 +7,10 @@ import math
 import os
 import pathlib
 import platform
+import re
 import sys
 import time
+from typing import NamedTuple
 
 from moe import config
 
@@ -37,6 +39,29 @@ CHIPS = {
     "v6e": Chip(1.755e9, 918e12, 1.64e12, 400e9, int(31.24 * 2**30), 12.5e9, 32e9, torus=2),
     "tpu7x": Chip(2.2e9, 1153.5e12, 3.69e12, 300e9, int(94.75 * 2**30), 6.25e9, 32e9),
 }
+
+
+class Topology(NamedTuple):
+  """One slice of a pod."""
+
+  kind: str  # a key of CHIPS
+  shape: tuple[int, ...]  # chips along x, y, z
+
+  @property
+  def chip(self) -> Chip:
+    return CHIPS[self.kind]
+
+
+def topology(name: str) -> Topology:
+  """`v5p:4x4x4` taken apart.
+
+  Raises:
+    config.ConfigError: a topology of no known chip, or no topology at all.
+  """
+  parts = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
+  if not parts or parts[1] not in CHIPS:
+    raise config.ConfigError(f"topology {name} is of no known chip; known: {', '.join(CHIPS)}, as in v5p:4x4x4")
+  return Topology(parts[1], tuple(int(n) for n in parts[2].split("x")))
 
 
 def rings(chip: Chip, shape) -> tuple[bool, ...]:

@@ -74,7 +74,7 @@ WIDE = {"remat": "full", "d_model": 1024, "attention": {"num_heads": 8, "num_kv_
 def walked(topology, mesh, **changes):
   run, program = compiled(topology, mesh, data={"sequence_tokens": 4096}, **changes)
   sizes = dict(sharding.make_mesh(run.mesh, compile_check.devices_of(topology)).shape)
-  return hlo.walk(hlo.parse(program.as_text()), hardware.CHIPS[topology.split(":")[0]], sizes)
+  return hlo.walk(hlo.parse(program.as_text()), hardware.topology(topology).chip, sizes)
 
 
 @pytest.mark.parametrize("topology", ["v6e:2x4", "v5p:2x2x2"])

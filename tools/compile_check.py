@@ -49,10 +49,8 @@ def devices_of(topology: str, slices: int = 1):
   from jax.experimental import topologies
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-  parts = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", topology)
-  if not parts or parts[1] not in hardware.CHIPS:
-    raise config.ConfigError(f"--topology={topology} is of no known chip; known: {', '.join(hardware.CHIPS)}, as in v5p:4x4x4")
-  wrap = hardware.rings(hardware.CHIPS[parts[1]], [int(n) for n in parts[2].split("x")])
+  named = hardware.topology(topology)
+  wrap = hardware.rings(named.chip, named.shape)
   return topologies.get_topology_desc(topology, platform="tpu", num_slices=slices, wrap=(*wrap, False)[:3]).devices
 
 
@@ -80,7 +78,7 @@ def check(run: config.Run, topology: str, slices: int = 1, options: dict | None 
     config.ConfigError: the run does not fit the mesh, or the topology is of no known chip.
   """
   devices = devices_of(topology, slices)
-  chip = hardware.CHIPS[topology.split(":")[0]]
+  chip = hardware.topology(topology).chip
   mesh = sharding.make_mesh(dataclasses.replace(run.mesh, slice=slices), devices)
   sharding.check_run(run, mesh)
   state, batch = step_lib.abstract_state(run, mesh), step_lib.abstract_batch(run, mesh)

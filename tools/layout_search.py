@@ -142,7 +142,8 @@ def estimate(run: config.Run, chip: hardware.Chip) -> Estimate:
   compute += 2 * (2 * passes + 3) * (dense + routed) / chip.hbm
   away = lambda n: (n - 1) / n
   weights = (2 + 1) * 2 * (dense * away(gathered * mesh.expert) + routed * away(gathered)) / chip.links
-  exchanged = passes * 2 * m.num_moe_layers * 2 * tokens * top_k * m.d_model * away(mesh.expert) / chip.links
+  # There and back, the gradients of both, and there again: the gates meet the rows at the experts.
+  exchanged = (4 + again) * m.num_moe_layers * 2 * tokens * top_k * m.d_model * away(mesh.expert) / chip.links
   tensor = passes * m.num_layers * 2 * tokens * m.d_model * 4 * away(mesh.tensor) / chip.links
   tensor += passes * m.num_moe_layers * 2 * 2 * tokens * top_k * m.d_model * away(mesh.tensor) / chip.links
   keys = a.kv_heads * (a.qk_dim + a.v_dim) / mesh.tensor
@@ -174,9 +175,8 @@ def search(run: config.Run, topology: str, slices: int, devices: int, check, sec
     A row for each compiled layout: its place by the closed form and by the compiled program, and both of their figures; the
     programs that do not fit come last.
   """
-  begin, rows, (name, shape) = time.monotonic(), [], topology.split(":")
-  chip = hardware.CHIPS[name]
-  chip = dataclasses.replace(chip, links=hardware.link_rate(chip, [int(n) for n in shape.split("x")]))
+  begin, rows, pod = time.monotonic(), [], hardware.topology(topology)
+  chip = dataclasses.replace(pod.chip, links=hardware.link_rate(pod.chip, pod.shape))
   found, needs, meshes = ranked(run, devices, slices, chip), {}, {}
   for layout, value in found:
     if time.monotonic() - begin > seconds or sum(row["fits"] for row in rows) == count:

@@ -183,12 +183,14 @@ def main() -> int:
   arguments, rest = parser.parse_known_args()
   try:
     run = gin_config.from_arguments(arguments, rest).run
-    topology = arguments.topology or compile_check.topology_in(pathlib.Path(arguments.gin_file[-1]))[0]
-    mesh = sharding.make_mesh(run.mesh, compile_check.devices_of(topology))
+    topology, slices = arguments.topology, 1
+    if topology is None:
+      topology, slices = compile_check.topology_in(pathlib.Path(arguments.gin_file[-1]))
+    mesh = sharding.make_mesh(dataclasses.replace(run.mesh, slice=slices), compile_check.devices_of(topology, slices))
   except config.ConfigError as error:
     print(f"overlap: {error}", file=sys.stderr)
     return 2
-  layer = from_topology(run, mesh, hardware.CHIPS[topology.split(":")[0]])
+  layer = from_topology(run, mesh, hardware.topology(topology).chip)
   print(f"{topology}: one MoE layer, static estimate in ms (not timed): closed form, FSMoE's order played, early order played")
   for name, part in (("forward", layer), ("backward", layer.backward())):
     for r in DEGREES:
@@ -199,7 +201,7 @@ def main() -> int:
     print("the step compiled at each degree: static estimate, s; experts' exchange exposed of all of it, ms; peak HBM, GB")
     steps = {}
     for r in DEGREES:
-      step = steps[r] = scheduled(run, topology, r)
+      step = steps[r] = scheduled(run, topology, slices, r)
       exposed, exchange = step["exposed"] * 1e3, step["exchange"] * 1e3
       print(f"  r = {r}: {step['seconds']:7.3f}  {exposed:7.1f} of {exchange:7.1f}  {step['hbm'] / 1e9:6.2f}", flush=True)
     chosen = min(DEGREES, key=lambda r: (seconds(layer, r) + seconds(layer.backward(), r), r))
@@ -209,11 +211,12 @@ def main() -> int:
   return 0
 
 
-def scheduled(run, topology: str, degree: int) -> dict[str, float]:
+def scheduled(run, topology: str, slices: int, degree: int) -> dict[str, float]:
   """What the compiled step at an overlap degree comes to: seconds, and seconds of the experts' exchange, all and exposed."""
   from tools import compile_check
   experts = dataclasses.replace(run.model.experts, overlap_degree=degree, backward_degree=0)
-  result = compile_check.check(dataclasses.replace(run, model=dataclasses.replace(run.model, experts=experts)), topology)
+  run = dataclasses.replace(run, model=dataclasses.replace(run.model, experts=experts))
+  result = compile_check.check(run, topology, slices)
   rows = [row for row in result["collectives"] if row["kind"] == "ragged-all-to-all"]
   return {"seconds": result["step_seconds"]["predicted"], "exchange": sum(row["seconds"] for row in rows),
           "exposed": sum(row["exposed_seconds"] for row in rows), "hbm": result["hbm"]["peak_bytes"]}

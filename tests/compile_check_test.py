@@ -47,6 +47,24 @@ def test_topology_of_a_config(tmp_path):
     compile_check.check(small.run(), "v3:2x2")
 
 
+def test_record_in_the_head_of_a_config(tmp_path):
+  """Under the line of the topology, once, whatever stood there; nothing else of the file changes."""
+  path = tmp_path / "a.gin"
+  path.write_text("# A run.\n# For v5p:4x4x4\n\nMesh.fsdp = 64\n")
+  result = {"topology": "v5p:4x4x4", "slices": 1, "jax": "1", "libtpu": "2", "hbm": {"peak_bytes": 4e9, "limit_bytes": 8e9},
+            "overlapped_share": 0.5, "mfu": 0.25,
+            "step_seconds": {"predicted": 2.0, "low": 1.0, "high": 3.0, "validated_rows": 3}}
+  compile_check.record({**result, "libtpu": "1"}, path)
+  compile_check.record(result, path)
+  lines = path.read_text().splitlines()
+  assert lines[:2] == ["# A run.", "# For v5p:4x4x4"] and lines[4:] == ["", "Mesh.fsdp = 64"]
+  assert lines[2].startswith("# Compiled, not run (jax 1, libtpu 2, ")
+  assert lines[2].endswith("4.00 of 8.00 GB; 50% of the collectives' bytes beside other work;")
+  assert lines[3] == "# static estimate of a step 2.00 s (1.00 to 3.00 by 3 published steps), MFU 25%."
+  with pytest.raises(config.ConfigError, match="is for v5p:4x4x4 x 1, this record for v5p:4x4x4 x 2"):
+    compile_check.record({**result, "slices": 2}, path)
+
+
 def test_out_of_memory():
   run = small.run(mesh={"fsdp": 8})
   state = step_lib.abstract_state(run, sharding.make_mesh(run.mesh))

@@ -4,6 +4,7 @@
     python -m tools.compile_check --gin_file=... --topology=v5p:4x4x4 --slices=2 --json
     python -m tools.compile_check --gin_file=... --search             # the best layouts for this model and pod
     python -m tools.compile_check --gin_file=... --golden=FILE        # writes the budget of this run, or compares with it
+    python -m tools.compile_check --gin_file=... --record             # writes the figures into the run config's head
 
 Fits or not and by how much, HBM by kind and the largest arrays by name, FLOPs and the MFU that the predicted step would have,
 collectives by kind and mesh axes, the predicted step time (tools/hlo.py has the model), seconds to compile. Needs libtpu
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import importlib.metadata
 import importlib.util
 import json
@@ -236,6 +238,26 @@ def over_budget(result: dict, path: pathlib.Path, name: str, slack: float = 1.01
           if value > slack * before.get(what, 0)]
 
 
+def record(result: dict, path: pathlib.Path) -> None:
+  """Writes what was found into the head of a run config, under its line `# For v6e:8x8`, in the place of an older record.
+
+  Raises:
+    config.ConfigError: the run config is for another topology, or names none.
+  """
+  found, named = (result["topology"], result["slices"]), topology_in(path)
+  if found != named:
+    raise config.ConfigError(f"{path} is for {named[0]} x {named[1]}, this record for {found[0]} x {found[1]}: leave "
+                             "--topology and --slices to the file, or change its line `# For`")
+  hbm, seconds = result["hbm"], result["step_seconds"]
+  head = (f"# Compiled, not run (jax {result['jax']}, libtpu {result['libtpu']}, {datetime.date.today()}): "
+          f"{hbm['peak_bytes'] / 1e9:.2f} of {hbm['limit_bytes'] / 1e9:.2f} GB; "
+          f"{result['overlapped_share']:.0%} of the collectives' bytes beside other work;\n"
+          f"# static estimate of a step {seconds['predicted']:.2f} s ({seconds['low']:.2f} to {seconds['high']:.2f} by "
+          f"{seconds['validated_rows']} published steps), MFU {result['mfu']:.0%}.\n")
+  path.write_text(re.sub(r"^(# For .*\n)(# Compiled, not run.*\n(# static estimate.*\n)?)?", lambda line: line[1] + head,
+                         path.read_text(), count=1, flags=re.MULTILINE))
+
+
 def topology_in(path: pathlib.Path) -> tuple[str, int]:
   """The topology that a run config names in its head: `# For v6e:8x8` or `# For v5p:4x4x4, 2 slices`.
 
@@ -255,6 +277,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--slices", type=int, help="slices of that topology; default: as the run config says, else 1")
   parser.add_argument("--xla", action="append", default=[], metavar="NAME=VALUE", help="an option of the compiler")
   parser.add_argument("--golden", type=pathlib.Path, help="file of budgets, to record in or to compare with")
+  parser.add_argument("--record", action="store_true", help="write memory and estimate into the head of the run config")
   parser.add_argument("--hlo", metavar="FILE", help="keep the compiled program's text")
   parser.add_argument("--search", nargs="?", type=float, const=1200.0, metavar="SECONDS",
                       help="rank all legal layouts by a closed form, compile the best 8, as many as begin in this time (1200)")
@@ -278,6 +301,8 @@ def main(argv: list[str] | None = None) -> int:
     result = check(run, topology, slices, options, arguments.hlo)
     if not result["fits"]:
       result["smaller"] = _smaller(run, topology, slices, options)
+    elif arguments.record:
+      record(result, pathlib.Path(arguments.gin_file[-1]))
   except (config.ConfigError, jax.errors.JaxRuntimeError, ValueError) as error:
     print(f"compile_check: {' '.join(str(error).split())[:600]}", file=sys.stderr)
     return 2

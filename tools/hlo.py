@@ -7,8 +7,9 @@ The model: a fusion takes the cycles that the compiler writes beside it; a kerne
 over the peak and of its bytes over the HBM's rate, with an efficiency, a grouped matmul longer for the tiles that two groups
 share; a collective its bytes over the links that its axes of the mesh have in the torus. A loop counts its trips, a conditional
 its cheaper branch (the overflow of the experts' exchange, for one, hardly ever runs). What starts and ends asynchronously runs
-beside the instructions in between, one transfer at a time for each set of mesh axes. Where the compiler says nothing of cycles,
-bytes over the HBM's rate. Nothing here has run on a TPU.
+beside the instructions in between, one transfer at a time for each set of mesh axes; a SparseCore's begins where it is handed
+its operands (`update`), not where its buffers are (`start`). A wait is charged to the transfers that are under way meanwhile.
+Where the compiler says nothing of cycles, bytes over the HBM's rate. Nothing here has run on a TPU.
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ import sys
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Ours otherwise. For less memory the inputs of the layers go to the host's, or half of the moments; for a shorter step every
-# second layer's weights are gathered beside the work of the one before, and one half of the experts' exchange runs beside the
-# work on the other.
-_OFFLOAD, _MOMENTS = {"Model.remat": '"offload"'}, {"Optimizer.offload": 0.5}
+# Ours otherwise. For less memory the inputs of the layers go to the host's, or two fifths of the moments; for a shorter step
+# every second layer's weights are gathered beside the work of the one before, and one half of the experts' exchange runs beside
+# the work on the other.
+_OFFLOAD, _MOMENTS = {"Model.remat": '"offload"'}, {"Optimizer.offload": 0.4}
 _LAYERS, _CHUNKS = {"Model.scan_unroll": 2}, {"Experts.overlap_degree": 2}
 OTHERWISE = {"fsdp": {"ours, offload": _OFFLOAD, "ours, moments": _MOMENTS, "ours, two layers a turn": _LAYERS},
              "expert": {"ours, two chunks": _CHUNKS, "ours, two chunks, offload": _CHUNKS | _OFFLOAD,

@@ -25,7 +25,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # the work on the other.
 _OFFLOAD, _MOMENTS = {"Model.remat": '"offload"'}, {"Optimizer.offload": 0.4}
 _LAYERS, _CHUNKS = {"Model.scan_unroll": 2}, {"Experts.overlap_degree": 2}
-OTHERWISE = {"fsdp": {"ours, offload": _OFFLOAD, "ours, moments": _MOMENTS, "ours, two layers a turn": _LAYERS},
+OTHERWISE = {"fsdp": {"ours, offload": _OFFLOAD, "ours, moments": _MOMENTS, "ours, two layers a turn": _LAYERS,
+                      "ours, two layers a turn, moments": _LAYERS | _MOMENTS},
              "expert": {"ours, two chunks": _CHUNKS, "ours, two chunks, offload": _CHUNKS | _OFFLOAD,
                         "ours, two chunks, offload, moments": _CHUNKS | _OFFLOAD | _MOMENTS}}
 

@@ -244,10 +244,7 @@ def record(result: dict, path: pathlib.Path) -> None:
   Raises:
     config.ConfigError: the run config is for another topology, or names none.
   """
-  found, named = (result["topology"], result["slices"]), topology_in(path)
-  if found != named:
-    raise config.ConfigError(f"{path} is for {named[0]} x {named[1]}, this record for {found[0]} x {found[1]}: leave "
-                             "--topology and --slices to the file, or change its line `# For`")
+  _must_be_for(path, result["topology"], result["slices"])
   hbm, seconds = result["hbm"], result["step_seconds"]
   head = (f"# Compiled, not run (jax {result['jax']}, libtpu {result['libtpu']}, {datetime.date.today()}): "
           f"{hbm['peak_bytes'] / 1e9:.2f} of {hbm['limit_bytes'] / 1e9:.2f} GB; "
@@ -256,6 +253,27 @@ def record(result: dict, path: pathlib.Path) -> None:
           f"{seconds['validated_rows']} published steps), MFU {result['mfu']:.0%}.\n")
   path.write_text(re.sub(r"^(# For .*\n)(# Compiled, not run.*\n(# static estimate.*\n)?)?", lambda line: line[1] + head,
                          path.read_text(), count=1, flags=re.MULTILINE))
+
+
+def _must_be_for(path: pathlib.Path, topology: str, slices: int) -> None:
+  named = topology_in(path)
+  if named != (topology, slices):
+    raise config.ConfigError(f"{path} is for {named[0]} x {named[1]}, this record for {topology} x {slices}: leave "
+                             "--topology and --slices to the file, or change its line `# For`")
+
+
+def pod(gin_files: list[str], topology: str | None, slices: int | None = None) -> tuple[str, int]:
+  """(topology, slices) as given; without a topology what the last of the files says in its head.
+
+  Raises:
+    config.ConfigError: neither names one.
+  """
+  if topology is not None:
+    return topology, slices or 1
+  if not gin_files:
+    raise config.ConfigError("neither --topology nor --gin_file is given; a run config names its topology in its head")
+  named, count = topology_in(pathlib.Path(gin_files[-1]))
+  return named, slices or count
 
 
 def topology_in(path: pathlib.Path) -> tuple[str, int]:
@@ -289,10 +307,11 @@ def main(argv: list[str] | None = None) -> int:
   jax.config.update("jax_platforms", "cpu")
   try:
     run = gin_config.from_arguments(arguments, rest).run
-    topology, slices = arguments.topology, arguments.slices or 1
-    if topology is None:
-      topology, named = topology_in(pathlib.Path(arguments.gin_file[-1]))
-      slices = arguments.slices or named
+    topology, slices = pod(arguments.gin_file, arguments.topology, arguments.slices)
+    if arguments.record and not arguments.gin_file:
+      raise config.ConfigError("--record writes into a run config; name it by --gin_file")
+    if arguments.record:  # before the minutes of a compile
+      _must_be_for(pathlib.Path(arguments.gin_file[-1]), topology, slices)
     if arguments.search:
       rows = layout_search.search(run, topology, slices, len(devices_of(topology)), check, arguments.search)
       print(json.dumps(rows) if arguments.json else layout_search.text(rows))

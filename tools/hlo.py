@@ -233,7 +233,8 @@ class _Walker:
 
   def _walk(self, instructions: list[Instruction]) -> Walk:
     out, now = Walk(), 0.0
-    queues: dict[object, list[tuple[float, Collective]]] = {}  # (beginning, transfer), by what goes one at a time
+    queues: dict[tuple[str, ...], list[tuple[float, Collective]]] = {}  # axes -> (beginning, transfer), one at a time
+    updated = {i.operands[0] for i in instructions if i.operation.endswith("-update") and i.operands}
     started: dict[str, Collective] = {}
     chain: dict[str, str] = {}  # what hands a transfer on that is under way -> the name that it started under
     shapes = {i.name: i for i in instructions}
@@ -269,7 +270,7 @@ class _Walker:
       elif i.operation.endswith("-start") and "S(5)" in i.shape:
         taken = _on_device(i.shape) / self.chip.host
         out.host += taken
-        started[i.name] = Collective(_HOST, (), 0.0, 1, True, taken, 0.0, i.source)
+        started[i.name] = Collective(_HOST, (_HOST,), 0.0, 1, True, taken, 0.0, i.source)
         _enqueue(queues, started[i.name], now)
       elif inside is not None or kind in _KINDS:
         kind = kind if kind in _KINDS else inside.operation.removesuffix("-start")
@@ -280,7 +281,7 @@ class _Walker:
         out.network += collective.seconds
         if collective.asynchronous:
           started[i.name] = collective
-          if i.operation not in ("call-start", "custom-call-start"):  # these begin with their update
+          if i.name not in updated:  # else it begins with its update
             _enqueue(queues, collective, now)
         else:
           # A fusion around a collective computes too: the longer of both.
@@ -370,19 +371,14 @@ class _Walker:
     return (moved / self.chip.hbm, True) if moved > 1 << 20 and "S(1)" not in i.shape else (0.0, True)
 
 
-def _lane(collective: Collective):
-  """What transfers one at a time."""
-  return _HOST if collective.kind == _HOST else collective.axes
-
-
 def _enqueue(queues: dict, collective: Collective, now: float) -> None:
-  queue = queues.setdefault(_lane(collective), [])
+  queue = queues.setdefault(collective.axes, [])
   queue.append((max(now, queue[-1][0] + queue[-1][1].seconds) if queue else now, collective))
 
 
 def _wait(queues: dict, collective: Collective, now: float) -> float:
   """Seconds until a transfer has ended, noted as exposed on it and on those that it waits for."""
-  queue = queues[_lane(collective)]
+  queue = queues[collective.axes]
   end = next(begin for begin, c in queue if c is collective) + collective.seconds
   for begin, c in queue:
     c.exposed += max(min(end, begin + c.seconds) - max(now, begin), 0.0)

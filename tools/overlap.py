@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import pathlib
 import sys
 from typing import NamedTuple
 
@@ -183,9 +182,7 @@ def main() -> int:
   arguments, rest = parser.parse_known_args()
   try:
     run = gin_config.from_arguments(arguments, rest).run
-    topology, slices = arguments.topology, 1
-    if topology is None:
-      topology, slices = compile_check.topology_in(pathlib.Path(arguments.gin_file[-1]))
+    topology, slices = compile_check.pod(arguments.gin_file, arguments.topology)
     mesh = sharding.make_mesh(dataclasses.replace(run.mesh, slice=slices), compile_check.devices_of(topology, slices))
   except config.ConfigError as error:
     print(f"overlap: {error}", file=sys.stderr)

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 
-from moe.hardware import CHIPS
+from moe import hardware
 
 _CHILD_KIB = 4 << 20  # resident memory after which the next program gets another process
 
@@ -28,12 +28,12 @@ TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6
 
 
 def chip_of(topology: str) -> str:
-  return topology.split(":")[0]
+  return hardware.topology(topology).kind
 
 
 def core_of(topology: str) -> tuple[float, float, float]:
   """(clock, bytes/s of HBM, bfloat16 FLOP/s) of one TensorCore."""
-  chip = CHIPS[chip_of(topology)]
+  chip = hardware.topology(topology).chip
   return chip.clock, chip.hbm / chip.cores, chip.flops / chip.cores
 
 

@@ -337,6 +337,13 @@ class Model(_Checked):
     return self.router.draws_noise or (self.experts.capacity_factor > 0 and self.experts.drop_policy == "random")
 
   @property
+  def blind_router(self) -> str:
+    """What keeps the gradient of the language-model loss from the router; empty where nothing does."""
+    if self.router.top_k == 1 and self.router.renormalize and self.router.gate not in LOOKAHEAD_GATES:
+      return "Router.top_k = 1 with Router.renormalize = True"
+    return ""
+
+  @property
   def lookahead(self) -> str:
     """What in the routing makes earlier tokens depend on later ones; empty for a causal model."""
     if self.router.gate in LOOKAHEAD_GATES:
@@ -392,18 +399,16 @@ class Data(_Checked):
   sequence_tokens: int
   tokenizer: str = "byte"  # byte (ByT5 ids), or the path of a Hugging Face tokenizer.json
   packing: str = "concat"  # concat (then split) | best_fit
-  virtual_shards: int = 4  # independent packers, spread over the hosts; fixes the order for any number of hosts
+  virtual_shards: int = 0  # streams of rows, each with packers of its own; 0: as many as the first batch has rows
 
   def check(self):
-    _at_least(self, 1, "batch_sequences", "virtual_shards")
+    _at_least(self, 1, "batch_sequences")
+    _at_least(self, 0, "virtual_shards")
     _at_least(self, 2, "sequence_tokens")
     _one_of(self, "packing", ("concat", "best_fit"))
     names = [d.name for d in self.domains]
     if not names or len(set(names)) < len(names):
       raise ConfigError(f"Data.domains need at least one domain and distinct names, got {names}")
-    if self.batch_sequences % self.virtual_shards:
-      raise ConfigError(f"Data.batch_sequences = {self.batch_sequences} is not a multiple of "
-                        f"virtual_shards = {self.virtual_shards}")
 
 
 @_dataclass
@@ -427,8 +432,16 @@ class Optimizer(_Checked):
     _one_of(self, "schedule", ("cosine", "wsd"))
     _at_least(self, 0, "learning_rate", "weight_decay", "clip_norm", "warmup_tokens", "decay_tokens",
               "final_fraction", "skip_spike_sigmas", "offload")
-    if self.offload > 1:
-      raise ConfigError(f"Optimizer.offload = {self.offload} is a share, at most 1")
+    for name in ("beta1", "beta2"):
+      if not 0 <= getattr(self, name) < 1:
+        raise ConfigError(f"Optimizer.{name} = {getattr(self, name)} must be in [0, 1): it is the share of the old moment that "
+                          "a step keeps")
+    for name in ("final_fraction", "offload"):
+      if getattr(self, name) > 1:
+        raise ConfigError(f"Optimizer.{name} = {getattr(self, name)} is a share, at most 1")
+    if self.schedule == "wsd" and not self.decay_tokens and self.final_fraction < 1:
+      raise ConfigError(f"Optimizer.schedule = 'wsd' with decay_tokens = 0 never comes to final_fraction = {self.final_fraction} of "
+                        "the peak; set decay_tokens, or final_fraction = 1 for a rate that stays")
 
 
 @_dataclass

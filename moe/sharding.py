@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -144,6 +145,53 @@ def current_device():
 
 def batch_sharding(mesh) -> NamedSharding:
   return NamedSharding(mesh, spec("batch", "sequence"))
+
+
+class HostPart(NamedTuple):
+  """What one process needs of an array [B, S]: the rows and columns that its devices hold."""
+
+  rows: np.ndarray  # [n] int64, ascending
+  columns: slice  # with begin and end
+
+
+def host_part(shards: NamedSharding, shape: tuple[int, int], process: int | None = None) -> HostPart:
+  """The rows and columns of an array that the devices of a process hold.
+
+  It follows from the sharding alone. A process number says nothing about rows: processes along a tensor or context axis
+  hold the same rows, and the devices of a TPU host need not follow each other in the mesh.
+
+  Args:
+    shards: of the array, on a mesh of real or of topology devices.
+    shape: (B, S) of the whole array.
+    process: whose part; None: this process.
+  """
+  process = jax.process_index() if process is None else process
+  held = [index for device, index in shards.devices_indices_map(shape).items() if device.process_index == process]
+  row_bounds = {rows.indices(shape[0])[:2] for rows, _ in held}
+  column_bounds = [columns.indices(shape[1])[:2] for _, columns in held]
+  rows = np.unique(np.concatenate([np.arange(*bounds) for bounds in row_bounds]))
+  columns = slice(min(begin for begin, _ in column_bounds), max(end for _, end in column_bounds))
+  return HostPart(rows, columns)
+
+
+def global_array(local: np.ndarray, part: HostPart, shards: NamedSharding, shape: tuple[int, int]) -> jax.Array:
+  """The array of this shape of which every process passes its own part.
+
+  Args:
+    local: [rows, columns] of `part`.
+    part: `host_part` of this process.
+    shards: of the array.
+    shape: (B, S) of the whole array.
+  """
+  return jax.make_array_from_callback(shape, shards, lambda index: cut(local, part, index, shape))
+
+
+def cut(local: np.ndarray, part: HostPart, index: tuple[slice, slice], shape: tuple[int, int]) -> np.ndarray:
+  """What a device holds, by its index into the whole array of this shape, out of its host's part."""
+  (row, row_end, _), (column, column_end, _) = (axis.indices(size) for axis, size in zip(index, shape))
+  first = np.searchsorted(part.rows, row)  # a device's rows follow each other, so they do in `local`
+  begin = part.columns.start
+  return local[first : first + row_end - row, column - begin : column_end - begin]
 
 
 def check_run(run: config.Run, mesh) -> None:

@@ -79,7 +79,10 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
   profile = _profile_window(arguments.profile_steps)
 
   # ------------------------------------------------------------------------------------------------------------ data
-  loader = pipeline.Loader(run.data, run.train.seed, jax.process_index(), jax.process_count())
+  batch_sharding = sharding.batch_sharding(mesh)
+  batch_shape = (run.data.batch_sequences, run.data.sequence_tokens)
+  host_part = sharding.host_part(batch_sharding, batch_shape)
+  loader = pipeline.Loader(run.data, run.train.seed, *host_part)
   tokenizer = tokenizers.load(run.data.tokenizer)
   if tokenizer.vocab_size > run.model.vocab_size:
     raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids but Model.vocab_size = {run.model.vocab_size}; "
@@ -103,7 +106,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
 
   peak, peak_source = hardware.peak_flops(list(mesh.devices.flat))  # before set_mesh: it uses the devices one by one
 
-  with jax.set_mesh(mesh), contextlib.closing(recorder), saver:
+  with jax.set_mesh(mesh), contextlib.closing(recorder), contextlib.closing(loader), saver:
     # -------------------------------------------------------------------------------------------------- state, restored
     abstract = step_lib.abstract_state(run, mesh)
     for line in snapshots.attach(abstract, run):
@@ -112,6 +115,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
       restored = _restore(snapshots, saver, abstract, run, recorder)
     if restored is not None:
       state, start = restored.state, restored.step
+      _check_batch(restored.data, run)
       loader.restore(restored.data)
       recorder.terminal.say(f"resumed at step {start}, every leaf equal to what was saved")
       recorder.event("restore", step=start)
@@ -121,13 +125,13 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
         source_step, params = checkpoint_lib.restore_params(arguments.init_from, abstract.params)
         state = step_lib.TrainState(state.step, params, state.opt_state, state.guard)
         recorder.terminal.say(f"parameters from {arguments.init_from} (step {source_step})")
+    loader.start()  # beside the compile
     snapshots.warm(state)
     recorder.event("start", step=start, devices=len(mesh.devices.flat), hosts=jax.process_count())
 
     # ------------------------------------------------------------------------------------------------------- programs
     train_step, eval_step = step_lib.jit_train_step(run, mesh), step_lib.jit_eval_step(run, mesh)
     flops = sizes.flops_per_token(run.model, run.data.sequence_tokens)
-    batch_sharding = sharding.batch_sharding(mesh)
     preemption = _Preemption(arguments.multihost is not None)
     pending, skipped = [], 0  # metrics not yet fetched; steps skipped in a row
     watch = analysis.CollapseWatch(run.model.router.top_k)
@@ -166,13 +170,15 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
       if profile and step == profile[0]:
         jax.profiler.start_trace(str(run_dir / "profile"))
       with clock.measure("data"):
+        wait_start = time.monotonic()
         host_batch = next(loader)
-        batch = step_lib.Batch(*[jax.make_array_from_process_local_data(batch_sharding, a) for a in host_batch])
+        data_wait_seconds = time.monotonic() - wait_start
+        batch = step_lib.Batch(*[sharding.global_array(field, host_part, batch_sharding, batch_shape) for field in host_batch])
       with clock.measure("compile and first step" if step == start else "step"):
         state, values = train_step(state, batch)
         if step == start:
           jax.block_until_ready(values)
-      pending.append(values)
+      pending.append({**values, "data_wait_seconds": data_wait_seconds})
       done = step + 1
       if step == start:
         seconds = time.time() - hardware.process_start()
@@ -327,6 +333,14 @@ def _restore(snapshots, saver, abstract, run: config.Run, recorder):
   return restored
 
 
+def _check_batch(data: dict, run: config.Run) -> None:
+  """Refuses to go on with batches of another size: the loader could, but the schedule counts tokens by steps of one size."""
+  before = data.get("batch_sequences", run.data.batch_sequences)
+  if before != run.data.batch_sequences:
+    raise ConfigError(f"the checkpoint's steps have Data.batch_sequences = {before}, this run's {run.data.batch_sequences}: the "
+                      f"learning rate counts tokens by steps of one size; set it to {before}, or begin a run with --init_from")
+
+
 def _check_resume(mode: str, run_dir: epath.Path, saver: checkpoint_lib.Checkpointer) -> None:
   steps = saver.steps()
   if mode == "must" and not steps:
@@ -367,6 +381,9 @@ def _summary(run: config.Run, mesh, title: str) -> str:
   if run.model.lookahead:
     lines.append(f"WARNING: {run.model.lookahead} lets later tokens decide about earlier ones; the loss of a causal model is "
                  "too good where it is used, and decoding differs from training")
+  if run.model.blind_router:
+    lines.append(f"WARNING: {run.model.blind_router} gives the one chosen expert weight 1 whatever its score, so the loss of the "
+                 "language model teaches the router nothing; set Router.renormalize = False")
   if r.balance_scope == "step" and run.train.micro_batches > 1:
     lines.append("        exact over the step: one more forward pass of every micro-batch, a third of the step's FLOPs more")
   return "\n".join(lines)

@@ -73,7 +73,12 @@ def test_refusals(changes, message):
 
 @pytest.mark.parametrize("changes, message", [
     ({"train": {"micro_batches": 3}}, "batch_sequences = 8 is not a multiple of Train.micro_batches = 3"),
-    ({"data": {"virtual_shards": 3}}, "is not a multiple of virtual_shards = 3"),
+    ({"data": {"virtual_shards": -1}}, "Data.virtual_shards = -1 must be at least 0"),
+    ({"optimizer": {"beta1": 1.5}}, "Optimizer.beta1 = 1.5 must be in [0, 1)"),
+    ({"optimizer": {"beta1": -0.1}}, "Optimizer.beta1 = -0.1 must be in [0, 1)"),
+    ({"optimizer": {"beta2": 1.0}}, "Optimizer.beta2 = 1.0 must be in [0, 1)"),
+    ({"optimizer": {"final_fraction": 7.0}}, "Optimizer.final_fraction = 7.0 is a share, at most 1"),
+    ({"optimizer": {"schedule": "wsd"}}, "decay_tokens = 0 never comes to final_fraction = 0.1"),
     ({"data": {"domains": ()}}, "at least one domain"),
     ({"mesh": {"data": 0}}, "sizes are positive"),
     ({"mesh": {"data": -1, "fsdp": -1}}, "at most one is -1"),

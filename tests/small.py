@@ -66,11 +66,18 @@ def batch(rows=8, length=16, vocab=64, seed=0, padding=True) -> Batch:
   return Batch(*fields)
 
 
+def place(batch, mesh):
+  """A whole batch on the mesh, by the trainer's way: each host passes the part that its devices hold."""
+  rows, shape = sharding.batch_sharding(mesh), batch.inputs.shape
+  part = sharding.host_part(rows, shape)
+  return jax.tree.map(lambda x: sharding.global_array(x[part.rows, part.columns], part, rows, shape), batch)
+
+
 def objective_and_gradients(run, batch, seed=0):
   """(balance, nll, gradients) of one step on the run's mesh, with parameters that do not depend on the mesh."""
   mesh = sharding.make_mesh(run.mesh, jax.devices()[: math.prod(dataclasses.astuple(run.mesh))])
   with jax.set_mesh(mesh):
-    placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+    placed = place(batch, mesh)
     step = jax.jit(functools.partial(step_lib.loss_and_gradients, run))
     grads, sums = step(params(step_lib.abstract_state(run, mesh).params), placed, jax.random.key(seed))
     return np.asarray(sums["balance"]), float(sums["nll"]), jax.device_get(grads), sums
@@ -80,8 +87,7 @@ def whole_step(run, batch, whole=jax.device_get):
   """(balance, nll, gradients, updated parameters) of one optimizer step on the run's mesh; `whole` brings them to the host."""
   mesh = sharding.make_mesh(run.mesh, jax.devices()[: math.prod(dataclasses.astuple(run.mesh))])
   with jax.set_mesh(mesh):
-    rows = sharding.batch_sharding(mesh)
-    placed = jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, rows, lambda index: x[index]), batch)
+    placed = place(batch, mesh)
     state = step_lib.init_state(run, mesh)
     state = dataclasses.replace(state, params=params(step_lib.abstract_state(run, mesh).params))
     grads, sums = jax.jit(functools.partial(step_lib.loss_and_gradients, run))(state.params, placed, jax.random.key(0))

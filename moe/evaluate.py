@@ -13,6 +13,7 @@ import numpy as np
 
 from moe import config
 from moe import sharding
+from moe import step as step_lib
 from moe.data import embedded
 from moe.data import evaluation
 from moe.data import records
@@ -25,7 +26,7 @@ _LARGEST_TEXT_BYTES = 8 << 20  # xz -9e takes a second a megabyte
 
 def evaluate_domain(run: config.Run, mesh, eval_step, params, domain: config.Domain, tokenizer: Tokenizer,
                     split: str = "validation", limit_batches: int | None = None) -> tuple[dict[str, Any], list]:
-  """Scores a domain's split.
+  """Scores a domain's split. Collective: every host calls it, and reads the same batches.
 
   Args:
     run: gives the window and the batch.
@@ -35,37 +36,62 @@ def evaluate_domain(run: config.Run, mesh, eval_step, params, domain: config.Dom
     domain: what to read.
     tokenizer: of the run.
     split: which split.
-    limit_batches: stop after this many batches; None: every byte.
+    limit_batches: stop after the rows of this many micro-batches of training; None: every byte.
 
   Returns:
     (bits_per_byte (nll of all tokens and document ends, over the bytes of the text), loss (nats a token), accuracy,
-    tokens, bytes, expert_counts [L, E], router_entropy (nats), top_k_weight and router_z [L], and the information in nats
-    between the layers' choices and between their probabilities [L, L], see routing/analysis.py;
-    for each layer and expert what it reads in the first batch, see `analysis.examples`).
+    tokens (scored), bytes, forward_tokens (that the model was run on, padding too), window_tokens (of the documents'
+    windows: the fewest that forward_tokens could be), expert_counts [L, E], router_entropy (nats), top_k_weight and router_z
+    [L], and the information in nats between the layers' choices and between their probabilities [L, L], see
+    routing/analysis.py;
+    for each layer and expert what it reads in the first rows, see `analysis.examples`, on the first host: [] on the others).
+    The routing is that of scored tokens: each token of the text counts once.
 
   Raises:
     records.DataError
   """
-  rows, shards = run.data.batch_sequences // run.train.micro_batches, sharding.batch_sharding(mesh)
-  sums, shown, text_bytes = None, None, 0.0
-  for window, size in evaluation.batches(domain.path, split, tokenizer, run.data.sequence_tokens, rows, limit_batches):
-    arrays = [jax.make_array_from_callback(a.shape, shards, lambda index, a=a: a[index]) for a in window]
-    out, chosen = eval_step(params, Batch(*arrays[:4]), arrays[4])
-    out = jax.tree.map(lambda x: np.asarray(x, np.float64), out)
-    if shown is None:
-      shown = analysis.examples(np.asarray(chosen), window[0], window[2] > 0, run.model.experts.num_experts, tokenizer.decode)
-    sums = out if sums is None else jax.tree.map(np.add, sums, out)
+  rows = step_lib.eval_rows(run, mesh)
+  limit = limit_batches and -(-limit_batches * run.data.batch_sequences // (run.train.micro_batches * rows))
+  batches = evaluation.batches(domain.path, split, tokenizer, run.data.sequence_tokens, rows, limit,
+                               step_lib.packs_evaluation(run.model))
+  sums = step_lib.zero_eval_sums(run, mesh)
+  text_bytes, forward_tokens, window_tokens, first = 0.0, 0, 0, None
+  for window, size in batches:
+    batch, scored = _on_mesh(mesh, window)
+    sums, chosen = eval_step(params, sums, batch, scored)
+    if first is None:
+      first = window, chosen
     text_bytes += size
-  if sums is None:
+    forward_tokens += window.inputs.size
+    window_tokens += int(np.count_nonzero(window.segment_ids))
+  if first is None:
     raise records.DataError(f"domain {domain.name!r} has no {split} documents")
-  stats = sums["stats"]
-  score = {"bits_per_byte": float(sums["nll"] / math.log(2) / text_bytes), "loss": float(sums["nll"] / sums["scored"]),
-           "accuracy": float(sums["hits"] / sums["scored"]), "tokens": int(sums["scored"]), "bytes": round(text_bytes),
-           "expert_counts": stats.counts.astype(np.int64), "router_entropy": stats.entropy_sum / stats.tokens,
-           "top_k_weight": stats.weight_sum / stats.tokens, "router_z": stats.z_sum / stats.tokens,
-           "information_choices": analysis.mutual_information(sums["joint"]),
-           "information_probabilities": sums["information"] / sums["sampled"]}
+  # The device still works on the batches above, meanwhile.
+  shown = _examples(*first, run.model.experts.num_experts, tokenizer) if jax.process_index() == 0 else []
+  total = step_lib.eval_totals(sums)
+  tokens = total["scored"]
+  score = {"bits_per_byte": float(total["nll"] / math.log(2) / text_bytes), "loss": float(total["nll"] / tokens),
+           "accuracy": float(total["hits"] / tokens), "tokens": int(tokens), "bytes": round(text_bytes),
+           "forward_tokens": forward_tokens, "window_tokens": window_tokens,
+           "expert_counts": total["expert_counts"], "router_entropy": total["entropy"] / tokens,
+           "top_k_weight": total["weight"] / tokens, "router_z": total["z"] / tokens,
+           "information_choices": total["information_choices"],
+           "information_probabilities": total["information"] / np.maximum(total["sampled"], 1)}
   return score, shown
+
+
+def _on_mesh(mesh, window: evaluation.Window) -> tuple[Batch, jax.Array]:
+  """(batch, scored) as arrays of the mesh, of which every host has all rows."""
+  shards = sharding.batch_sharding(mesh)
+  *fields, scored = (jax.make_array_from_callback(a.shape, shards, lambda index, a=a: a[index]) for a in window)
+  return Batch(*fields), scored
+
+
+def _examples(window: evaluation.Window, chosen: jax.Array, num_experts: int, tokenizer: Tokenizer) -> list[list[dict]]:
+  """`analysis.examples` of the rows of a batch of which there are choices [L, R, S]."""
+  first = np.asarray(chosen)
+  inputs, segment_ids, scored = (field[: first.shape[1]] for field in (window.inputs, window.segment_ids, window.scored))
+  return analysis.examples(first[..., None], inputs, scored, num_experts, tokenizer.decode, segment_ids=segment_ids)
 
 
 def routing_table(results: dict[str, dict[str, Any]], most_layers: int = 8) -> list[str]:

@@ -1,4 +1,9 @@
-"""Text from a model: prefill, then one token at a time from the key/value cache, on one device."""
+"""Text from a model, on one device: prefill, then one token at a time from the key/value cache.
+
+A model with a capacity drops selections in training, where the tokens of a row compete for an expert's slots. A token that is
+decoded by itself has no rivals, so from the cache nothing is dropped after the prompt. `row_tokens` decodes as trained, reading
+the whole text again for every token, in a row of that length.
+"""
 
 from __future__ import annotations
 
@@ -27,22 +32,24 @@ def _prefill(transformer: model_lib.Transformer, length: int, params, prompt):
   return transformer.apply({"params": params}, out.hidden[:, -1], method="logits"), out.cache, out.experts
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _decode(transformer: model_lib.Transformer, steps: int, params, cache, logits, start, key, temperature, top_p, limit):
-  def pick(logits, key):
-    logits = jnp.where(jnp.arange(logits.shape[-1]) < limit, logits, -jnp.inf)
-    log_p = jax.nn.log_softmax(logits)
-    scaled = logits / jnp.maximum(temperature, 1e-6)
-    order = jnp.sort(jax.nn.softmax(scaled), axis=-1)[:, ::-1]
-    enough = jnp.sum(jnp.cumsum(order, -1) < top_p, -1, keepdims=True)
-    floor = jnp.take_along_axis(order, jnp.minimum(enough, order.shape[-1] - 1), -1)
-    allowed = jnp.where(jax.nn.softmax(scaled) >= floor, scaled, -jnp.inf)
-    token = jnp.where(temperature > 0, jax.random.categorical(key, allowed), jnp.argmax(logits, -1)).astype(jnp.int32)
-    return token, jnp.take_along_axis(log_p, token[:, None], -1)[:, 0]
+def _pick(logits, key, temperature, top_p, limit):
+  """(token [B] int32, its log probability [B]) from logits [B, V], by nucleus sampling; temperature 0 takes the largest."""
+  logits = jnp.where(jnp.arange(logits.shape[-1]) < limit, logits, -jnp.inf)
+  log_p = jax.nn.log_softmax(logits)
+  scaled = logits / jnp.maximum(temperature, 1e-6)
+  order = jnp.sort(jax.nn.softmax(scaled), axis=-1)[:, ::-1]
+  enough = jnp.sum(jnp.cumsum(order, -1) < top_p, -1, keepdims=True)
+  floor = jnp.take_along_axis(order, jnp.minimum(enough, order.shape[-1] - 1), -1)
+  allowed = jnp.where(jax.nn.softmax(scaled) >= floor, scaled, -jnp.inf)
+  token = jnp.where(temperature > 0, jax.random.categorical(key, allowed), jnp.argmax(logits, -1)).astype(jnp.int32)
+  return token, jnp.take_along_axis(log_p, token[:, None], -1)[:, 0]
 
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _decode(transformer: model_lib.Transformer, steps: int, params, cache, logits, start, key, *choice):
   def step(carry, i):
     cache, logits = carry
-    token, log_p = pick(logits, jax.random.fold_in(key, i))
+    token, log_p = _pick(logits, jax.random.fold_in(key, i), *choice)
     position = jnp.full_like(token[:, None], start + i)
     out = transformer.apply({"params": params}, token[:, None], jnp.ones_like(position), position, cache, start + i)
     return (out.cache, transformer.apply({"params": params}, out.hidden[:, -1], method="logits")), (token, log_p, out.experts)
@@ -50,8 +57,35 @@ def _decode(transformer: model_lib.Transformer, steps: int, params, cache, logit
   return jax.lax.scan(step, (cache, logits), jnp.arange(steps))[1]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _read_row(transformer: model_lib.Transformer, params, row, length, key, *choice):
+  """(token, log probability, experts [L, 1, R, K]) after the first `length` tokens of a row [1, R]; the rest is padding."""
+  positions = jnp.arange(row.shape[1])[None]
+  real = (positions < length).astype(jnp.int32)
+  out = transformer.apply({"params": params}, row, real, positions * real)
+  logits = transformer.apply({"params": params}, out.hidden[:, length - 1], method="logits")
+  return *_pick(logits, key, *choice), out.experts
+
+
+def _sample_in_rows(transformer, params, prompt, count: int, row_tokens: int, key, *choice) -> Sample:
+  """Reads the text from its beginning for every token, or its last `row_tokens` where it is longer than a row."""
+  text, experts, log_p = prompt.tolist(), [], []
+  for i in range(count):
+    seen = text[-row_tokens:]
+    # A row has its full length from the start: the slots of an expert follow from it, not from the text so far.
+    row = np.zeros((1, row_tokens), np.int32)
+    row[0, : len(seen)] = seen
+    token, token_log_p, chosen = _read_row(transformer, params, row, len(seen), jax.random.fold_in(key, i), *choice)
+    text.append(int(token[0]))
+    log_p.append(float(token_log_p[0]))
+    # Of every token what it chose when it was the newest; of the prompt, all at once.
+    begin = len(seen) - 1 if i else 0
+    experts.append(np.asarray(chosen)[:, 0, begin : len(seen)])
+  return Sample(np.array(text[len(prompt) :], np.int32), np.concatenate(experts, 1), np.array(log_p, np.float32))
+
+
 def sample(model: config.Model, params, prompt_ids: np.ndarray, count: int, *, vocab_size: int, temperature: float = 0.8,
-           top_p: float = 0.95, seed: int = 0) -> Sample:
+           top_p: float = 0.95, seed: int = 0, row_tokens: int = 0) -> Sample:
   """Continues a prompt.
 
   Args:
@@ -63,20 +97,29 @@ def sample(model: config.Model, params, prompt_ids: np.ndarray, count: int, *, v
     temperature: 0 takes the most probable token.
     top_p: smallest set of tokens with this much probability; 1 keeps all.
     seed: of the choices.
+    row_tokens: decode as trained, in rows of so many tokens (Data.sequence_tokens), each alone in its micro-batch: a forward
+      over a whole row for every token, of the last row_tokens of a longer text, as if a document began there. 0: from a cache,
+      which drops nothing after the prompt; the same where the model has no capacity.
 
   Raises:
-    ConfigError: the routing looks ahead, so tokens cannot be made one after the other.
+    ConfigError: the routing looks ahead, so tokens cannot be made one after the other; or the prompt is longer than a row.
   """
   if model.lookahead:
     raise config.ConfigError(f"{model.lookahead} lets earlier tokens depend on later ones; such a model cannot be sampled "
                              "from token by token")
+  if row_tokens and len(prompt_ids) > row_tokens:
+    raise config.ConfigError(f"the prompt has {len(prompt_ids)} tokens, a row of training {row_tokens}: shorten the prompt, or "
+                             "decode from the cache")
   device = jax.local_devices()[0]
   transformer = model_lib.build(model)
   params = jax.device_put(jax.device_get(params), device)
+  key = jax.random.key(seed)
+  choice = jnp.float32(temperature), jnp.float32(top_p), jnp.int32(vocab_size)
+  if row_tokens:
+    return _sample_in_rows(transformer, params, np.asarray(prompt_ids), count, row_tokens, key, *choice)
   prompt = jnp.asarray(prompt_ids, jnp.int32)[None]
   start = prompt.shape[1]
   logits, cache, read = _prefill(transformer, start + count, params, prompt)
-  tokens, log_p, experts = _decode(transformer, count, params, cache, logits, jnp.int32(start), jax.random.key(seed),
-                                   jnp.float32(temperature), jnp.float32(top_p), jnp.int32(vocab_size))
+  tokens, log_p, experts = _decode(transformer, count, params, cache, logits, jnp.int32(start), key, *choice)
   chosen = np.concatenate([np.asarray(read)[:, 0], np.asarray(experts)[:, :, 0, 0].swapaxes(0, 1)], 1)
   return Sample(np.asarray(tokens)[:, 0], chosen[:, :-1], np.asarray(log_p)[:, 0])

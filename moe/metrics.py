@@ -1,7 +1,15 @@
 """Step records and where they go: JSONL always, TensorBoard, the terminal. Host only.
 
-`metrics.jsonl` is the source of truth: one record a logged step or evaluation; after a resume a step may stand twice,
-and the later record counts. `events.jsonl` holds what happened: start, restore, save, skip, alarm, end.
+`metrics.jsonl` is the source of truth: one record a step or evaluation; after a resume a step may stand twice, and the
+later record counts. `events.jsonl` holds what happened: start, restore, save, skip, alarm, end.
+
+A record of every step has scalars. What has a number for each expert is large (58 layers of 256 experts: 100 kB a step), so
+that its records are bounded, whatever the length of the run:
+
+* kind `load`: the selections of every expert, summed over a window of steps, see `Window` and `LoadWindows`;
+* kind `eval/<domain>`: arrays [L, E] and [L, L] in the first evaluation of such a window, scalars in the others;
+* `latest/<kind>.json`, overwritten: the last evaluation and what the experts read in it (`examples/<domain>`), whole, and
+  the window that was not complete at the last checkpoint, where a killed run goes on.
 """
 
 from __future__ import annotations
@@ -10,7 +18,8 @@ import contextlib
 import math
 import sys
 import time
-from typing import Any
+import urllib.parse
+from typing import Any, NamedTuple
 
 from etils import epath
 import numpy as np
@@ -19,6 +28,113 @@ from rich import live as rich_live
 from rich import text as rich_text
 
 from moe import jsonl
+from moe.errors import storage_errors
+
+
+# Windows get wider as the run gets longer, so that their number grows with the logarithm of the steps alone. They do not
+# depend on how many steps a run shall have: a run that goes on for longer keeps its windows.
+_SINGLE_STEPS = 512  # the first steps have a window each: a short run loses no detail
+_WINDOWS_PER_DOUBLING = 64  # 994 windows in 100,000 steps, 1,211 in a million
+_SCORES_PER_DOUBLING = 16  # evaluations of a domain with arrays: at most 73 in 100,000 steps where one comes every 500
+_DIGITS = 6  # of the floats in arrays
+
+
+def window_start(step: int, per_doubling: int) -> int:
+  """The first step of the window that a step is in: `per_doubling` (a power of 2) of them from any step to its double.
+
+  >>> [window_start(step, 4) for step in (5, 8, 9, 10, 16, 23)]
+  [5, 8, 8, 10, 16, 20]
+  """
+  width = 1 << max(step.bit_length() - per_doubling.bit_length(), 0)
+  return step - step % width
+
+
+def score_window(step: int) -> int:
+  """The first step of the window of which one evaluation keeps its arrays among the records."""
+  return window_start(step, _SCORES_PER_DOUBLING)
+
+
+def load_window(step: int) -> int:
+  """The first step of the window over which the load is summed."""
+  return step if step <= _SINGLE_STEPS else window_start(step, _WINDOWS_PER_DOUBLING)
+
+
+class Window(NamedTuple):
+  """The selections of every expert in steps `first_step` to `last_step`, both included."""
+
+  first_step: int
+  last_step: int
+  counts: np.ndarray  # [L, E], sums
+
+  @property
+  def steps(self) -> int:
+    return self.last_step - self.first_step + 1
+
+  def record(self) -> dict[str, Any]:
+    return {"kind": "load", "step": self.last_step, "time": round(time.time(), 3), "first_step": self.first_step,
+            "expert_counts": self.counts.tolist()}
+
+  @classmethod
+  def from_record(cls, record: dict[str, Any] | None) -> Window | None:
+    """None where the record is none of a window."""
+    try:
+      window = cls(int(record["first_step"]), int(record["step"]), np.array(record["expert_counts"], np.int64))
+    except (TypeError, KeyError, ValueError):
+      return None
+    return window if window.counts.ndim == 2 and window.steps > 0 else None
+
+
+class LoadWindows:
+  """Sums the counts of successive steps over windows."""
+
+  def __init__(self):
+    self.open_window: Window | None = None
+
+  def resume(self, step: int, left_open: Window | None) -> None:
+    """Takes over what an earlier process had of the window that `step`, where this one begins, is in.
+
+    A window before that one is among the records: it was complete before the earlier process came to `step`.
+    """
+    if left_open and left_open.first_step < step and load_window(left_open.first_step) == load_window(step):
+      self.open_window = left_open
+
+  def push(self, step: int, counts) -> list[Window]:
+    """Adds a step's counts [L, E]; returns the windows that are complete now.
+
+    A step that does not follow the last one ends the open window as it is: the run went back, or records are lacking.
+    """
+    counts = np.asarray(counts, np.int64)
+    complete = []
+    before = self.open_window
+    if before and (step != before.last_step + 1 or before.counts.shape != counts.shape):
+      complete.append(before)
+      before = None
+    self.open_window = Window(before.first_step, step, before.counts + counts) if before else Window(step, step, counts)
+    if load_window(step + 1) == step + 1:
+      complete.append(self.open_window)
+      self.open_window = None
+    return complete
+
+
+def append_window(windows: list[Window], window: Window) -> None:
+  """Adds the next window of a file to those before, so that each step is in one: what a resume repeated counts in `window`.
+
+  Of a window whose end is repeated the part of the counts stays that goes with the steps before.
+  """
+  while windows and windows[-1].first_step >= window.first_step:
+    windows.pop()
+  if windows and windows[-1].last_step >= window.first_step:
+    whole = windows.pop()
+    cut = whole._replace(last_step=window.first_step - 1)
+    windows.append(cut._replace(counts=whole.counts * (cut.steps / whole.steps)))
+  windows.append(window)
+
+
+def latest_path(run_dir: epath.Path, kind: str) -> epath.Path:
+  """Where the last record of a kind is that has one file, overwritten."""
+  group, _, name = kind.partition("/")
+  file_name = f"{urllib.parse.quote(name, safe='').replace('%', '=')}.json"  # a domain may be called anything
+  return run_dir / "latest" / group / file_name if name else run_dir / "latest" / f"{group}.json"
 
 
 class Recorder:
@@ -27,30 +143,48 @@ class Recorder:
   def __init__(self, run_dir: epath.Path, active: bool = True):
     """`active`: False on all hosts but the first, which then write nothing."""
     self._active = active
+    self.terminal = Terminal(active)
     if active:
       import tensorboardX  # takes seconds where torch is installed, and a recovery waits for them
 
+      self._run_dir = run_dir
       self._metrics = jsonl.Writer(run_dir / "metrics.jsonl")
       self._events = jsonl.Writer(run_dir / "events.jsonl")
       self._board = tensorboardX.SummaryWriter(str(run_dir / "tb")) if "://" not in str(run_dir) else None
-    self.terminal = Terminal(active)
+      self._loads: LoadWindows | None = None  # from the first step on, whose record may be read then
+      self._array_windows: dict[str, int] = {}  # of the last record with arrays, by kind
 
   def metrics(self, kind: str, step: int, values: dict[str, Any]) -> None:
-    """Writes one record {"kind", "step", **values}; arrays become lists, scalars also go to TensorBoard."""
+    """Writes one record {"kind", "step", **values}; scalars also go to TensorBoard.
+
+    Arrays become lists. Kind `train` takes every step in turn, and its `expert_counts` [L, E] are summed over a window. Other
+    kinds have arrays of two axes and more once in a window, and always in `latest/`.
+    """
     if not self._active:
       return
-    plain = {key: np.asarray(value).tolist() for key, value in values.items()}
+    stamp = {"kind": kind, "step": step, "time": round(time.time(), 3)}
+    values = dict(values)
+    counts = values.pop("expert_counts", None) if kind == "train" else None
+    plain = {key: _plain(value) for key, value in values.items()}
+    large = {key for key, value in values.items() if np.ndim(value) > 1}
+    left_out = set()
+    if large:
+      self._replace(kind, {**stamp, **plain})
+      window = score_window(step)
+      left_out = large if self._array_windows.get(kind) == window else set()
+      self._array_windows[kind] = window
+    self._write({**stamp, **{key: value for key, value in plain.items() if key not in left_out}})
+    if counts is not None:
+      self._add_load(step, counts)
     with self._guarded():
-      self._metrics.write({"kind": kind, "step": step, "time": round(time.time(), 3), **plain})
       for key, value in plain.items():
         if self._board and isinstance(value, (int, float)) and math.isfinite(value):
           self._board.add_scalar(f"{kind}/{key}", value, step)
 
   def data(self, kind: str, step: int, **fields: Any) -> None:
-    """Writes one record of plain JSON values to the metrics file alone."""
+    """Writes one record of plain JSON values of any size, in place of the last one of its kind: `latest/<kind>.json`."""
     if self._active:
-      with self._guarded():
-        self._metrics.write({"kind": kind, "step": step, "time": round(time.time(), 3), **fields})
+      self._replace(kind, {"kind": kind, "step": step, "time": round(time.time(), 3), **fields})
 
   def event(self, name: str, **fields: Any) -> None:
     if self._active:
@@ -60,6 +194,9 @@ class Recorder:
   def flush(self) -> None:
     """Before a checkpoint, whose step is where a killed run goes on: the records up to it should be there too."""
     if self._active:
+      if self._loads and self._loads.open_window:
+        # Not among the records: with a short time between checkpoints they would be many.
+        self._replace("load", self._loads.open_window.record())
       self._metrics.flush()
       self._events.flush()
 
@@ -72,11 +209,37 @@ class Recorder:
     """Once; again it does nothing."""
     if self._active:
       self._active = False
+      if self._loads and self._loads.open_window:
+        self._write(self._loads.open_window.record())
       for writer in (self._metrics, self._events, self._board):
         with self._guarded():
           if writer:
             writer.close()
     self.terminal.close()
+
+  def _add_load(self, step: int, counts) -> None:
+    if self._loads is None:
+      self._loads = LoadWindows()
+      self._loads.resume(step, self._left_open())
+    for window in self._loads.push(step, counts):
+      self._write(window.record())
+
+  def _left_open(self) -> Window | None:
+    """The window that was open at the last checkpoint of an earlier process."""
+    try:
+      return Window.from_record(jsonl.read_one(latest_path(self._run_dir, "load")))
+    except storage_errors() as error:
+      self.terminal.alarm(f"the expert load before this start could not be read: {error}")
+      return None
+
+  # Each write has a guard of its own: on an object store an error may be about an earlier record.
+  def _write(self, record: dict[str, Any]) -> None:
+    with self._guarded():
+      self._metrics.write(record)
+
+  def _replace(self, kind: str, record: dict[str, Any]) -> None:
+    with self._guarded():
+      self._metrics.replace(latest_path(self._run_dir, kind), record)
 
   @contextlib.contextmanager
   def _guarded(self):
@@ -84,6 +247,14 @@ class Recorder:
       yield
     except OSError as error:
       self.terminal.alarm(f"records could not be written: {error}")
+
+
+def _plain(value) -> Any:
+  """Numbers and lists of numbers, as JSON has them."""
+  array = np.asarray(value)
+  if array.ndim and array.dtype.kind == "f":
+    array = np.array([float(f"{number:.{_DIGITS}g}") for number in array.flat]).reshape(array.shape)
+  return array.tolist()
 
 
 class Terminal:

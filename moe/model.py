@@ -54,6 +54,7 @@ class _Context(NamedTuple):
   rope: tuple[jax.Array, jax.Array]
   bias: jax.Array  # [B, S, T] float32, what may attend to what
   segment_ids: jax.Array  # [B, S]
+  counted: jax.Array | None  # [B, S] bool, the tokens that the routing statistics count; None: all that exist
   rows: jax.Array  # [B] number of each row in the batch of the step; what routing noise depends on
   cache_index: jax.Array | None  # where the new keys go, when decoding
   cell: recurrent.Cell | None  # of a recurrent router
@@ -63,7 +64,7 @@ class _Context(NamedTuple):
 def block_context(segment_ids, rows=None) -> _Context:
   """What a `MoEBlock` used by itself needs of the batch: segment ids [B, S], and rows [B] with an rng "routing"."""
   rows = jnp.arange(segment_ids.shape[0]) if rows is None else rows
-  return _Context(None, None, segment_ids, rows, None, None, None)
+  return _Context(None, None, segment_ids, None, rows, None, None, None)
 
 
 class Decision(NamedTuple):
@@ -214,7 +215,8 @@ class TokenRouter(_Weights):
     bias = None
     if r.bias_update_rate:
       bias = self.param("selection_bias", nn.with_logical_partitioning(nn.initializers.zeros, ("router",)), (e.num_experts,))
-    return decide(logits, self.model, mask, context.segment_ids, bias, key, context.rows), state
+    decision = decide(logits, self.model, mask, context.segment_ids, bias, key, context.rows, context.counted)
+    return decision, state
 
   def _matmul(self, x, name: str, width: int):
     axes = ("embed" if x.shape[-1] == self.model.d_model else None, "router")
@@ -243,7 +245,7 @@ class TokenRouter(_Weights):
     return state.hidden, state
 
 
-def decide(logits, model: config.Model, mask, segment_ids, bias=None, key=None, rows=None) -> Decision:
+def decide(logits, model: config.Model, mask, segment_ids, bias=None, key=None, rows=None, counted=None) -> Decision:
   """From a router's logits [B, S, E] (soft: [B, S, E, p]) to who goes where.
 
   Args:
@@ -252,15 +254,17 @@ def decide(logits, model: config.Model, mask, segment_ids, bias=None, key=None, 
     bias: [E], or None: selection bias.
     key: of this layer's routing noise; None in evaluation.
     rows: [B] int32, see `gates.row_noise`; needed with a key.
+    counted: [B, S] bool, some of `mask`, that the statistics count; None: all. Who goes where does not depend on it.
   """
   e, r = model.experts, model.router
   shards = sharding.parts("batch", jax.sharding.get_abstract_mesh())
+  counted = mask if counted is None else counted
   if r.gate == "soft":
     soft = gates.soft_choice(logits, mask)
     probabilities = soft.combine.sum(-1)
     _, best = jax.lax.top_k(jax.lax.stop_gradient(probabilities), r.top_k)  # no selections: for the statistics only
-    kept = jnp.broadcast_to(mask[..., None], best.shape)
-    stats = balance.collect(logits, gates.Choice(probabilities, best, probabilities), kept, mask, segment_ids, r, shards)
+    kept = jnp.broadcast_to(counted[..., None], best.shape)
+    stats = balance.collect(logits, gates.Choice(probabilities, best, probabilities), kept, counted, segment_ids, r, shards)
     return Decision(soft, None, stats, best, probabilities)
 
   group_tokens = mask.shape[1] if e.capacity_group == "sequence" else mask.size
@@ -278,7 +282,7 @@ def decide(logits, model: config.Model, mask, segment_ids, bias=None, key=None, 
       kept = capacity.keep(choice, mask, slots, e.drop_policy, e.capacity_group, priority)
     else:
       kept = jnp.broadcast_to(mask[..., None], choice.experts.shape)
-  stats = balance.collect(logits, choice, kept, mask, segment_ids, r, shards, priority)
+  stats = balance.collect(logits, choice, kept & counted[..., None], counted, segment_ids, r, shards, priority)
   carried_out = jnp.where(kept, choice.experts, e.num_experts)
   bound = {"slots_in_row" if e.capacity_group == "sequence" else "slots_in_batch": slots}
   return Decision(choice, experts_lib.make_plan(carried_out, e, **bound), stats, choice.experts,
@@ -431,7 +435,7 @@ class Transformer(_Weights):
                     metadata_params={nn.PARTITION_NAME: "layer"})
     return stack(self.model, deterministic=self.deterministic, **options)
 
-  def __call__(self, inputs, segment_ids, positions, cache=None, cache_index=None, rows=None) -> Output:
+  def __call__(self, inputs, segment_ids, positions, cache=None, cache_index=None, rows=None, counted=None) -> Output:
     """Runs the model on tokens [B, S]; with a cache, on tokens that follow those in it.
 
     Args:
@@ -439,6 +443,7 @@ class Transformer(_Weights):
       cache: from `empty_cache`; then segment ids must all be 1.
       cache_index: [] int32, tokens already in the cache.
       rows: [B] int32, number of each row in the batch of the step (default: 0 to B - 1); used with an rng "routing".
+      counted: [B, S] bool, tokens that the routing statistics count (default: all that are not padding).
     """
     m = self.model
     if cache is None:
@@ -450,8 +455,8 @@ class Transformer(_Weights):
     context = _Context(
         rope=layers.rope_tables(positions, m.attention.rope, m.attention.rotary_dim),
         bias=layers.attention_bias(positions, k_positions, segment_ids, k_segments, m.attention.window_tokens),
-        segment_ids=segment_ids, rows=jnp.arange(inputs.shape[0]) if rows is None else rows, cache_index=cache_index,
-        cell=None, decision=None)
+        segment_ids=segment_ids, counted=counted, rows=jnp.arange(inputs.shape[0]) if rows is None else rows,
+        cache_index=cache_index, cell=None, decision=None)
     dense_cache, group_cache, gate_cache = (None, None, None) if cache is None else cache
     state = None
     if m.router.recurrent.cell != "none":

@@ -28,31 +28,33 @@ def name_of(path) -> str:
   return "/".join(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
 
 
-def _parts(run: config.Run) -> tuple[optax.GradientTransformation, ...]:
+def _parts(run: config.Run, step) -> tuple[optax.GradientTransformation, ...]:
   o = run.optimizer
-  schedule = schedules.learning_rate(o, run.tokens_per_step, run.train.steps)
+  # Not optax's own count, which is of accepted updates: a skipped step has used up its tokens, and schedules go by tokens.
+  rate = schedules.learning_rate(o, run.tokens_per_step, run.train.steps)(step)
   return (
       optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
       optax.scale_by_adam(b1=o.beta1, b2=o.beta2, eps=1e-8),
       optax.add_decayed_weights(o.weight_decay, mask=decay_mask),
-      optax.scale_by_learning_rate(schedule),
+      optax.scale_by_learning_rate(rate),
   )
 
 
-def make(run: config.Run) -> optax.GradientTransformation:
-  """Global-norm clip and AdamW (arXiv 1711.05101) with the schedule of the run."""
-  return optax.chain(*_parts(run))
+def make(run: config.Run, step=0) -> optax.GradientTransformation:
+  """Global-norm clip and AdamW (arXiv 1711.05101) with the learning rate of one step; its state is the same for all steps."""
+  return optax.chain(*_parts(run, step))
 
 
-def update(run: config.Run, grads, state, params, accept):
+def update(run: config.Run, grads, state, params, accept, step):
   """(parameters, optimizer state) after a step; both as they were where `accept` is false.
 
   Args:
     grads: like params.
     state: of `make(run)`; the moments of `on_host` leaves are in the host's memory and stay there.
     accept: [] bool.
+    step: [] int32, steps before this one, skipped ones included.
   """
-  clip, *rest = _parts(run)
+  clip, *rest = _parts(run, step)
   rest, (clip_state, adam, *others) = optax.chain(*rest), state
   grads, _ = clip.update(grads, clip_state, params)
 
@@ -80,12 +82,12 @@ def update(run: config.Run, grads, state, params, accept):
   structure = jax.tree.structure(params)
   flat = [{name_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
           for tree in (grads, adam.mu, adam.nu, params)]
-  new, (after, *schedule) = advance(*({n: x for n, x in tree.items() if n not in hosted} for tree in flat))
+  new, (after, *unchanged) = advance(*({n: x for n, x in tree.items() if n not in hosted} for tree in flat))
   mu, nu = dict(after.mu), dict(after.nu)
   for name in hosted:
     mu[name], nu[name], new[name] = stream(name, *(tree[name] for tree in flat))
   mu, nu, params = (jax.tree.unflatten(structure, [tree[n] for n in flat[-1]]) for tree in (mu, nu, new))
-  return params, (clip_state, after._replace(mu=mu, nu=nu), *schedule)
+  return params, (clip_state, after._replace(mu=mu, nu=nu), *unchanged)
 
 
 def on_host(share: float, params) -> tuple[str, ...]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import array
 import base64
-import collections
 import html
 import io
 import json
 import math
+from typing import Any, NamedTuple
 
 from etils import epath
 import matplotlib
@@ -17,28 +18,151 @@ from matplotlib import pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 from moe import jsonl  # noqa: E402
+from moe import metrics  # noqa: E402
 from moe.errors import UserError  # noqa: E402
 from moe.routing import analysis  # noqa: E402
 
 _SNAPSHOTS = 4  # points in time of the load heatmap
+_EXAMPLES = 2048  # experts of a domain with examples on the page, about 1 kB each
 
 
 class ReportError(UserError):
   """A directory that is not a run, or has no records yet."""
 
 
-def read(run_dir) -> dict[str, list[dict]]:
-  """The records of a run by kind, in order of step; where a resume repeated a step, the later record.
+class Table(NamedTuple):
+  """The scalars of the records of one kind, in order of step; where a resume repeated a step, those of the later record."""
+
+  steps: np.ndarray  # [N] int64
+  columns: dict[str, np.ndarray]  # [N] float64; nan where the value was not finite, or the record has none
+
+  def column(self, key: str) -> np.ndarray:
+    return self.columns.get(key, np.full(len(self.steps), math.nan))
+
+  def last(self, key: str) -> float:
+    return float(self.column(key)[-1])
+
+
+class Records(NamedTuple):
+  """What is drawn of a run. Its size does not grow with the steps but for the tables, 8 bytes a number."""
+
+  tables: dict[str, Table]  # by kind
+  loads: list[metrics.Window]  # in order of step, each step in one of them
+  scores: dict[str, dict[int, np.ndarray]]  # domain -> step -> counts [L, E] of the evaluation
+  latest: dict[str, dict[str, Any]]  # kind -> the last record, whole, of what has a number or a text for each expert
+
+  @property
+  def train(self) -> Table:
+    return self.tables["train"]
+
+  @property
+  def domains(self) -> list[str]:
+    return sorted(kind.removeprefix("eval/") for kind in self.tables if kind.startswith("eval/"))
+
+
+class _TableBuilder:
+  """Takes records one by one; keeps 8 bytes a number."""
+
+  def __init__(self):
+    self._steps, self._columns = array.array("q"), {}
+
+  def add(self, record: dict[str, Any]) -> None:
+    for key, value in record.items():
+      if value is not None and not isinstance(value, (int, float)):
+        continue
+      if key not in self._columns:
+        self._columns[key] = array.array("d", [math.nan]) * len(self._steps)
+      self._columns[key].append(math.nan if value is None else value)
+    self._steps.append(record["step"])
+    for column in self._columns.values():
+      if len(column) < len(self._steps):
+        column.append(math.nan)
+
+  def table(self) -> Table:
+    steps = np.array(self._steps)
+    kept, from_end = np.unique(steps[::-1], return_index=True)
+    rows = len(steps) - 1 - from_end
+    return Table(kept, {key: np.array(column)[rows] for key, column in self._columns.items()})
+
+
+def read(run_dir) -> Records:
+  """The records of a run, read in one pass of which a record at a time is held.
+
+  Older runs, which have the counts of the experts in the record of every step, are summed over the same windows as a run
+  now writes.
 
   Raises:
     ReportError
   """
-  by_kind: dict[str, dict[int, dict]] = collections.defaultdict(dict)
-  for record in jsonl.read(epath.Path(run_dir) / "metrics.jsonl"):
-    by_kind[record["kind"]][record["step"]] = record
-  if not by_kind.get("train"):
+  run_dir = epath.Path(run_dir)
+  builders: dict[str, _TableBuilder] = {}
+  windows: list[metrics.Window] = []
+  by_step = metrics.LoadWindows()  # of a run that has counts in every step
+  scores: dict[str, dict[int, np.ndarray]] = {}
+  latest: dict[str, dict[str, Any]] = {}
+  for record in jsonl.read(run_dir / "metrics.jsonl"):
+    kind, step, counts = record.get("kind"), record.get("step"), record.get("expert_counts")
+    if not isinstance(kind, str) or not isinstance(step, int):
+      continue  # a damaged one
+    if kind == "load":
+      _append(windows, by_step.open_window)  # what an older version had of the run
+      by_step = metrics.LoadWindows()
+      _append(windows, metrics.Window.from_record(record))
+      continue
+    if kind.startswith("examples/"):
+      _keep_latest(latest, record)
+      continue
+    builders.setdefault(kind, _TableBuilder()).add(record)
+    if counts and kind == "train":
+      for window in by_step.push(step, counts):
+        _append(windows, window)
+    elif counts:
+      _keep_latest(latest, record)
+      _keep_score(scores.setdefault(kind.removeprefix("eval/"), {}), step, counts)
+  if "train" not in builders:
     raise ReportError(f"{run_dir} has no training records (metrics.jsonl); give the --run_dir of a run")
-  return {kind: [records[step] for step in sorted(records)] for kind, records in by_kind.items()}
+
+  # What is not among the records: the window that goes on, and the last of what is overwritten.
+  _append(windows, by_step.open_window)
+  left_open = metrics.Window.from_record(jsonl.read_one(metrics.latest_path(run_dir, "load")))
+  if left_open and (not windows or windows[-1].last_step < left_open.first_step):  # else it is complete by now
+    _append(windows, left_open)
+  names = [kind.removeprefix("eval/") for kind in builders if kind.startswith("eval/")]
+  for kind in [f"{group}/{name}" for name in names for group in ("eval", "examples")]:
+    _keep_latest(latest, jsonl.read_one(metrics.latest_path(run_dir, kind)))
+  tables = {kind: builder.table() for kind, builder in builders.items()}
+  return Records(tables, windows, scores, latest)
+
+
+def _append(windows: list[metrics.Window], window: metrics.Window | None) -> None:
+  """With counts in 4 bytes: a thousand windows of 58 x 256 experts are held."""
+  if window:
+    metrics.append_window(windows, window._replace(counts=window.counts.astype(np.float32)))
+
+
+def _keep_latest(latest: dict[str, dict], record: dict[str, Any] | None) -> None:
+  if record and (record["kind"] not in latest or _age(latest[record["kind"]]) <= _age(record)):
+    latest[record["kind"]] = _for_a_page(record) if "examples" in record else record
+
+
+def _for_a_page(record: dict[str, Any]) -> dict[str, Any]:
+  """Examples of as many layers as a page can have, instead of [L][E]: {layer: [E]}, and `layers`: L."""
+  layers = record["examples"]
+  experts_each = max([1, *map(len, layers)])
+  count = min(max(_EXAMPLES // experts_each, 1), len(layers))
+  shown = np.unique(np.linspace(0, len(layers) - 1, count).astype(int)).tolist()
+  return {**record, "examples": {layer: layers[layer] for layer in shown}, "layers": len(layers)}
+
+
+def _age(record: dict[str, Any]) -> tuple[float, int]:
+  return record["time"], record["step"]
+
+
+def _keep_score(scores: dict[int, np.ndarray], step: int, counts) -> None:
+  """As many as a run now records: older runs have the counts of every evaluation."""
+  before = next(reversed(scores), None)
+  if before is None or step in scores or metrics.score_window(before) != metrics.score_window(step):
+    scores[step] = np.array(counts, np.float32)
 
 
 def write(run_dir, folder=None, refresh_seconds: int = 0) -> epath.Path:
@@ -77,7 +201,7 @@ def compare(run_dirs, folder, refresh_seconds: int = 0) -> epath.Path:
   names = [path.name for path in paths]
   if len(set(names)) < len(names):
     names = [str(path) for path in paths]
-  runs = {name: read(path) for name, path in zip(names, paths)}
+  runs = {name: read(path)._replace(loads=[], scores={}, latest={}) for name, path in zip(names, paths)}
   pictures = _save(epath.Path(folder), {"curves": ("Training and evaluation", _draw_curves(runs)),
                                         "balance": ("Balance", _draw_balance(runs)),
                                         "goodput": ("Where the time went", _draw_goodput(runs))})
@@ -106,28 +230,25 @@ def _config(run_dir: epath.Path) -> dict | None:
   return json.loads(path.read_text()) if path.exists() else None
 
 
-def domains(records: dict) -> list[str]:
-  return sorted(kind.removeprefix("eval/") for kind in records if kind.startswith("eval/"))
-
-
-def _column(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-  """(steps, values) of a key; values that were not finite are nan."""
-  pairs = [(r["step"], math.nan if r[key] is None else r[key]) for r in records if key in r]
-  return np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs], float)
-
-
-def _tokens(records: list[dict], steps: np.ndarray) -> np.ndarray:
+def _tokens(records: Records, steps: np.ndarray) -> np.ndarray:
   """Tokens read up to each of the steps."""
-  at, each = _column(records, "tokens")
-  return np.interp(steps, at, np.cumsum(each))
+  return np.interp(steps, records.train.steps, np.cumsum(np.nan_to_num(records.train.column("tokens"))))
 
 
-def _hours(records: list[dict]) -> np.ndarray:
-  """Wall time of each record since the first one; nan where a long pause begins, so that no line is drawn over it."""
-  times = np.array([r["time"] for r in records])
+def _hours(records: Records) -> np.ndarray:
+  """Wall time of each step since the first one; nan where a long pause begins, so that no line is drawn over it."""
+  steps, times = records.train.steps, records.train.column("time").copy()
+  # The loop writes the records of several steps at once, and then how long each of them took: count back from there.
+  if "speed" in records.tables:
+    speed = records.tables["speed"]
+    window = np.searchsorted(speed.steps, steps)
+    known = window < len(speed.steps)
+    window = window[known]
+    steps_before_end = speed.steps[window] - steps[known]
+    times[known] = speed.column("time")[window] - steps_before_end * speed.column("seconds_per_step")[window]
   gaps = np.diff(times, prepend=times[0])
   hours = (times - times[0]) / 3600
-  usual = np.median(gaps[gaps > 0]) if (gaps > 0).any() else 1.0  # records of one window share a time
+  usual = np.median(gaps[gaps > 0]) if (gaps > 0).any() else 1.0
   hours[gaps > 60 * max(usual, 1.0)] = np.nan
   return hours
 
@@ -140,32 +261,33 @@ def _smooth(values: np.ndarray) -> np.ndarray:
   return (np.convolve(np.where(valid, values, 0), kernel, "same") / np.maximum(np.convolve(valid, kernel, "same"), 1e-9))
 
 
-def _draw_curves(runs: dict[str, dict]):
+def _draw_curves(runs: dict[str, Records]):
   """Loss by tokens and by time, validation by domain, gradient norm, learning rate, speed; runs over each other."""
   figure, axes = plt.subplots(2, 3, figsize=(16, 7.2), layout="constrained")
-  names = sorted({name for records in runs.values() for name in domains(records)})
+  names = sorted({name for records in runs.values() for name in records.domains})
   styles = dict(zip(names, ("-", "--", ":", "-.") * len(names)))
   tops = []
   for number, (run, records) in enumerate(runs.items()):
-    train, color = records["train"], f"C{number}"
-    steps, loss = _column(train, "loss")
-    millions = _tokens(train, steps) / 1e6
+    train, color = records.train, f"C{number}"
+    loss = train.column("loss")
+    millions = _tokens(records, train.steps) / 1e6
     tops += [np.percentile(loss[np.isfinite(loss)], 99.5)] if np.isfinite(loss).any() else []
-    for axis, x in ((axes[0, 0], millions), (axes[0, 1], _hours([r for r in train if "loss" in r]))):
+    for axis, x in ((axes[0, 0], millions), (axes[0, 1], _hours(records))):
       axis.plot(x, loss, color=color, linewidth=0.5, alpha=0.3)
       axis.plot(x, _smooth(loss), color=color, linewidth=1.2, label=run)
-    for name in domains(records):
-      at, bits = _column(records[f"eval/{name}"], "bits_per_byte")
-      axes[0, 2].plot(_tokens(train, at) / 1e6, bits, color=color, linestyle=styles[name], marker="o", markersize=3,
+    for name in records.domains:
+      score = records.tables[f"eval/{name}"]
+      at, bits = score.steps, score.column("bits_per_byte")
+      axes[0, 2].plot(_tokens(records, at) / 1e6, bits, color=color, linestyle=styles[name], marker="o", markersize=3,
                       label=f"{run}: {name}" if len(runs) > 1 else name)
-      axes[0, 2].annotate(f"{bits[-1]:.3f}", (_tokens(train, at[-1:])[0] / 1e6, bits[-1]), textcoords="offset points",
+      axes[0, 2].annotate(f"{bits[-1]:.3f}", (_tokens(records, at[-1:])[0] / 1e6, bits[-1]), textcoords="offset points",
                           xytext=(-3, 6), ha="right", fontsize=8, color=color)
-    axes[1, 0].plot(millions, _smooth(_column(train, "gradient_norm")[1]), color=color, linewidth=0.9)
-    axes[1, 1].plot(millions, _column(train, "learning_rate")[1], color=color, linewidth=1.2)
-    if records.get("speed"):
-      at, speed = _column(records["speed"], "tokens_per_second")
-      axes[1, 2].plot(_tokens(train, at) / 1e6, speed, color=color, linewidth=0.9)
-      mfu = np.nanmedian(_column(records["speed"], "mfu")[1])
+    axes[1, 0].plot(millions, _smooth(train.column("gradient_norm")), color=color, linewidth=0.9)
+    axes[1, 1].plot(millions, train.column("learning_rate"), color=color, linewidth=1.2)
+    if "speed" in records.tables:
+      timed = records.tables["speed"]
+      speed, mfu = timed.column("tokens_per_second"), np.nanmedian(timed.column("mfu"))
+      axes[1, 2].plot(_tokens(records, timed.steps) / 1e6, speed, color=color, linewidth=0.9)
       whose = f"{run}: " if len(runs) > 1 else ""
       axes[1, 2].plot([], [], color=color, label=f"{whose}median {np.median(speed):,.0f}, MFU {mfu:.1%}")
   for axis in axes[0, :2] if tops else ():
@@ -184,25 +306,28 @@ def _draw_curves(runs: dict[str, dict]):
   return figure
 
 
-def _draw_balance(runs: dict[str, dict]):
+def _draw_balance(runs: dict[str, Records]):
   figure, axes = plt.subplots(1, 3, figsize=(16, 3.4), layout="constrained")
   titles = {"balance": "balance loss (1 is balanced)", "load_max": "largest load / mean load", "router_entropy":
             "router entropy, nats"}
   for number, (run, records) in enumerate(runs.items()):
     for axis, (key, title) in zip(axes, titles.items()):
-      steps, values = _column(records["train"], key)
-      axis.plot(_tokens(records["train"], steps) / 1e6, _smooth(values), color=f"C{number}", linewidth=1, label=run)
+      train = records.train
+      axis.plot(_tokens(records, train.steps) / 1e6, _smooth(train.column(key)), color=f"C{number}", linewidth=1, label=run)
       axis.set(title=title, xlabel="million tokens")
       axis.grid(alpha=0.2)
   axes[0].legend(fontsize=8)
   return figure
 
 
-def _draw_goodput(runs: dict[str, dict]):
+def _draw_goodput(runs: dict[str, Records]):
   """A bar a run: seconds by what they went into, as the run last told."""
-  told = {run: {key.removeprefix("goodput/"): value for key, value in records["speed"][-1].items()
-                if key.startswith("goodput/")} for run, records in runs.items() if records.get("speed")}
-  told = {run: table for run, table in told.items() if table}
+  told = {}
+  for run, records in runs.items():
+    timed = records.tables.get("speed", Table(np.zeros(0), {}))
+    seconds = {key: timed.last(key) for key in timed.columns if key.startswith("goodput/")}
+    seconds = {key.removeprefix("goodput/"): value for key, value in seconds.items() if math.isfinite(value)}
+    told |= {run: seconds} if seconds else {}
   if not told:
     return None
   kinds = ["step"] + sorted({kind for table in told.values() for kind in table} - {"step"})
@@ -236,25 +361,42 @@ def _heat(axis, values, title, top):
   return image
 
 
-def _draw_load(records):
+def _draw_load(records: Records):
   """Layer x expert heatmaps at a few times, each over a tenth of the run so that single batches do not flicker."""
-  train = records["train"]
-  width = max(len(train) // 10, 1)
-  starts = np.unique(np.linspace(0, len(train) - width, _SNAPSHOTS).astype(int))
-  loads = [_shares(np.sum([r["expert_counts"] for r in train[s : s + width]], 0)) for s in starts]
+  if not records.loads:
+    return None
+  first, end = records.loads[0].first_step, records.loads[-1].last_step + 1
+  width = max((end - first) // 10, 1)
+  starts = np.unique(np.linspace(first, end - width, _SNAPSHOTS).astype(int))
+  parts = [_windows(records.loads, start, start + width) for start in starts]
+  loads = [_shares(np.sum([window.counts for window in part], 0, dtype=float)) for part in parts]
   top = max(2.0, max(load.max() for load in loads))
   figure, axes = plt.subplots(1, len(starts), figsize=(3.2 * len(starts), 2.8), squeeze=False, layout="constrained")
-  for axis, start, load in zip(axes[0], starts, loads):
-    image = _heat(axis, load, f"steps {train[start]['step']}-{train[start + width - 1]['step']}", top)
+  for axis, part, load in zip(axes[0], parts, loads):
+    image = _heat(axis, load, f"steps {part[0].first_step}-{part[-1].last_step}", top)
   figure.colorbar(image, ax=axes, label="load / mean load", shrink=0.9)
   return figure
 
 
-def _draw_domains(records):
-  names = domains(records)
-  if not names:
+def _windows(windows: list[metrics.Window], start: int, end: int) -> list[metrics.Window]:
+  """Those whose middle is in the steps from `start` up to `end`; where records are lacking, the nearest one."""
+  middles = np.array([(window.first_step + window.last_step) / 2 for window in windows])
+  inside = np.flatnonzero((middles >= start) & (middles < end))
+  nearest = [np.abs(middles - (start + end) / 2).argmin()]
+  return [windows[i] for i in (inside if len(inside) else nearest)]
+
+
+def _last_scores(records: Records) -> dict[str, dict[str, Any]]:
+  """By domain the last evaluation with all of its arrays."""
+  return {name: records.latest[f"eval/{name}"] for name in records.domains if f"eval/{name}" in records.latest}
+
+
+def _draw_domains(records: Records):
+  last = _last_scores(records)
+  if not last:
     return None
-  loads = [_shares(records[f"eval/{name}"][-1]["expert_counts"]) for name in names]
+  names = list(last)
+  loads = [_shares(score["expert_counts"]) for score in last.values()]
   top = max(2.0, max(load.max() for load in loads))
   figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 2.8), squeeze=False, layout="constrained")
   for axis, name, load in zip(axes[0], names, loads):
@@ -263,26 +405,28 @@ def _draw_domains(records):
   return figure
 
 
-def _draw_routing(records):
+def _draw_routing(records: Records):
   titles = {"balance": "balance loss (1 is balanced)", "load_max": "largest load / mean load", "dead_experts": "dead experts",
             "dropped": "dropped share of selections", "router_entropy": "router entropy, nats",
             "top_k_weight": "probability on the chosen experts", "router_z": "router z, mean squared logsumexp"}
   figure, axes = plt.subplots(2, 4, figsize=(16, 6), layout="constrained")
   axes[1, 3].axis("off")
   for axis, (key, title) in zip(axes.flat, titles.items()):
-    axis.plot(*_column(records["train"], key), linewidth=0.8)
+    axis.plot(records.train.steps, records.train.column(key), linewidth=0.8)
     axis.set(title=title, xlabel="step")
   return figure
 
 
-def _draw_specialisation(records):
-  """What an expert tells about the domain, for each layer, at every evaluation."""
-  names = domains(records)
-  if len(names) < 2:
+def _draw_specialisation(records: Records):
+  """What an expert tells about the domain, for each layer, at the evaluations that kept their counts, and the last one."""
+  by_domain = {name: dict(records.scores.get(name, {})) for name in records.domains}
+  for name, score in _last_scores(records).items():
+    by_domain[name][score["step"]] = np.asarray(score["expert_counts"], np.float32)
+  steps = sorted(set.intersection(*map(set, by_domain.values()))) if by_domain else []
+  if len(by_domain) < 2 or not steps:
     return None
-  steps = sorted(set.intersection(*({r["step"] for r in records[f"eval/{name}"]} for name in names)))
-  by_step = [{r["step"]: np.asarray(r["expert_counts"], float) for r in records[f"eval/{name}"]} for name in names]
-  values = np.array([analysis.specialisation(np.stack([counts[step] for counts in by_step])) for step in steps])
+  by_step = [np.stack([counts[step] for counts in by_domain.values()]).astype(float) for step in steps]
+  values = np.array([analysis.specialisation(counts) for counts in by_step])
   figure, axis = plt.subplots(figsize=(6, 3.2))
   for layer in range(values.shape[1]):
     axis.plot(steps, values[:, layer], marker="o", label=f"layer {layer}")
@@ -292,9 +436,9 @@ def _draw_specialisation(records):
   return figure
 
 
-def _draw_information(records):
+def _draw_information(records: Records):
   """Layer x layer, in nats, mean over domains: between first choices, and between the layers' probabilities."""
-  last = [records[f"eval/{name}"][-1] for name in domains(records)]
+  last = list(_last_scores(records).values())
   if not last or len(last[0].get("information_choices", ())) < 2:
     return None
   figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
@@ -309,52 +453,57 @@ def _draw_information(records):
   return figure
 
 
-def _domain_table(records) -> str:
+def _domain_table(records: Records) -> str:
   """Domain x expert: each expert's share of the domain's selections, averaged over layers."""
-  rows = []
-  for name in domains(records):
-    share = np.asarray(records[f"eval/{name}"][-1]["expert_counts"], float)
+  rows, last = [], _last_scores(records)
+  for name, score in last.items():
+    share = np.asarray(score["expert_counts"], float)
     share = (share / np.maximum(share.sum(-1, keepdims=True), 1)).mean(0)
     rows.append(f"<tr><th>{html.escape(name)}</th>" + "".join(f"<td>{v:.1%}</td>" for v in share) + "</tr>")
   if not rows:
     return ""
-  count = len(records[f"eval/{domains(records)[0]}"][-1]["expert_counts"][0])
+  count = max(len(score["expert_counts"][0]) for score in last.values())
   head = "<tr><th>domain</th>" + "".join(f"<th>{i}</th>" for i in range(count)) + "</tr>"
   return f"<h2>Share of each expert, mean over layers</h2><div class=wide><table>{head}{''.join(rows)}</table></div>"
 
 
-def _examples(records) -> str:
-  """What each expert reads, by domain and layer, folded away."""
+def _examples(records: Records) -> str:
+  """What each expert reads, by domain and layer, folded away; where there are too many for a page, of some layers."""
   def cell(entry):
     tokens = " ".join(f"<code>{html.escape(repr(text)[1:-1])}</code>&nbsp;{share:.0%}" for text, share in entry["tokens"])
     places = "".join(f"<br><small>{html.escape(a)}<mark>{html.escape(b)}</mark>{html.escape(c)}</small>"
                      for a, b, c in entry["snippets"])
     return tokens + places
 
-  parts = []
-  for name in domains(records):
-    for layer, experts in enumerate(records.get(f"examples/{name}", [{"examples": []}])[-1]["examples"]):
+  parts, omitted = [], 0
+  for name in records.domains:
+    shown = records.latest.get(f"examples/{name}", {"examples": {}, "layers": 0})
+    omitted = max(omitted, shown["layers"] - len(shown["examples"]))
+    for layer, experts in shown["examples"].items():
       rows = "".join(f"<tr><th>{i}</th><td>{cell(entry)}</td></tr>" for i, entry in enumerate(experts))
       parts.append(f"<details><summary>{html.escape(name)}, layer {layer}</summary><table>{rows}</table></details>")
   if not parts:
     return ""
+  rest = f" {omitted} more layers are in <code>latest/examples/</code>." if omitted else ""
   return ("<h2>What the experts read</h2><p>The tokens that tell an expert from the others, with their share of what it reads, "
-          "and two places in the text.</p>" + "".join(parts))
+          f"and two places in the text.{rest}</p>" + "".join(parts))
 
 
-def _facts(runs: dict[str, dict]) -> str:
+def _facts(runs: dict[str, Records]) -> str:
   """A column a run."""
+  def number(value: float, form: str = ".4f") -> str:
+    return format(value, form) if math.isfinite(value) else "not finite"
+
   columns = []
   for records in runs.values():
-    last = records["train"][-1]
-    facts = {"steps": f"{last['step'] + 1:,}", "tokens": f"{_column(records['train'], 'tokens')[1].sum():,.0f}",
-             "training loss, nats a token": f"{last['loss']:.4f}" if last["loss"] is not None else "not finite",
-             "balance": "not finite" if last["balance"] is None else f"{last['balance']:.4f}",
-             "skipped steps": str(last["skipped_steps"])}
-    facts |= {f"{name}, validation, bits a byte": f"{records[f'eval/{name}'][-1]['bits_per_byte']:.4f}"
-              for name in domains(records)}
-    if records.get("speed"):
-      facts["tokens a second, median"] = f"{np.median(_column(records['speed'], 'tokens_per_second')[1]):,.0f}"
+    train = records.train
+    facts = {"steps": f"{train.steps[-1] + 1:,}", "tokens": f"{np.nansum(train.column('tokens')):,.0f}",
+             "training loss, nats a token": number(train.last("loss")), "balance": number(train.last("balance")),
+             "skipped steps": number(train.last("skipped_steps"), ".0f")}
+    facts |= {f"{name}, validation, bits a byte": number(records.tables[f"eval/{name}"].last("bits_per_byte"))
+              for name in records.domains}
+    if "speed" in records.tables:
+      facts["tokens a second, median"] = f"{np.nanmedian(records.tables['speed'].column('tokens_per_second')):,.0f}"
     columns.append(facts)
   keys = list(dict.fromkeys(key for facts in columns for key in facts))
   head = "<tr><th></th>" + "".join(f"<th>{html.escape(run)}</th>" for run in runs) + "</tr>" if len(runs) > 1 else ""

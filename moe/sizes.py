@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from moe.config import Model
 
@@ -57,12 +58,18 @@ def sizes(m: Model) -> Sizes:
   )
 
 
-def _scorer(m: Model, width: int) -> int:
-  """Parameters from a router's features to its logits."""
+def _scorer_matrices(m: Model, width: int) -> int:
+  """Matrix parameters from a router's features to its logits."""
   r, experts = m.router, m.experts.num_experts
-  scorer = {"noisy": 2 * width * experts, "cosine": width * r.cosine_width + r.cosine_width * experts + 1,
-            "soft": width * experts * r.soft_slots}.get(r.gate, width * experts)
-  return scorer + (experts if r.bias_update_rate else 0)
+  return {"noisy": 2 * width * experts, "cosine": width * r.cosine_width + r.cosine_width * experts,
+          "soft": width * experts * r.soft_slots}.get(r.gate, width * experts)
+
+
+def _scorer(m: Model, width: int) -> int:
+  """Parameters from a router's features to its logits: the matrices, the cosine gate's temperature, the selection bias."""
+  r = m.router
+  temperature = 1 if r.gate == "cosine" else 0
+  return _scorer_matrices(m, width) + temperature + (m.experts.num_experts if r.bias_update_rate else 0)
 
 
 def _routers(m: Model) -> int:
@@ -80,21 +87,63 @@ def _pre_gate(m: Model) -> int:
   return m.vocab_size * p.d_model + layer + p.d_model + _scorer(m, p.d_model)
 
 
-def flops_per_token(m: Model, sequence_tokens: int) -> float:
-  """Model FLOPs of one training token: 6 for each active matrix parameter, plus attention over half the sequence.
+def _router_products(m: Model) -> int:
+  """Multiply-adds of all routers on one token."""
+  r, p = m.router.recurrent, m.router.pre_gate
+  if p.d_model:
+    return 4 * p.d_model**2 + 3 * p.d_model * p.d_ff + _scorer_matrices(m, p.d_model)
+  if r.cell == "none":
+    return m.num_moe_layers * _scorer_matrices(m, m.d_model)
+  # One cell, and with `shared_projector` one projector, but every layer applies them.
+  return m.num_moe_layers * (m.d_model * r.width + 2 * r.blocks * r.width**2 + _scorer_matrices(m, r.width))
 
-  The input embeddings are look-ups and do no FLOPs; recomputation under remat does not count (as in MFU, PaLM,
-  arXiv 2204.02311, appendix B). SoftMoE runs its experts on soft_slots inputs a sequence, not on every token.
+
+def _selections(m: Model, sequence_tokens: int) -> float:
+  """Experts that a token passes through in the mean: K, or as many as the slots allow where these are fewer.
+
+  Experts that choose fill all their slots.
   """
-  s = sizes(m)
-  routed = s.routed_active
+  e, r = m.experts, m.router
+  by_expert = r.gate == "expert_choice"
+  factor = e.capacity_factor or (1.0 if by_expert else 0.0)
+  slots = factor * r.top_k  # for each token, those of all experts together
+  if e.capacity_group == "sequence":
+    slots = math.ceil(slots * sequence_tokens / e.num_experts) * e.num_experts / sequence_tokens
+  if by_expert:
+    return min(slots, e.num_experts)
+  return min(slots, r.top_k) if factor else r.top_k
+
+
+def attended_keys(sequence_tokens: int, window_tokens: int = 0) -> float:
+  """Keys that a query of a causal sequence sees, in the mean over its places.
+
+  The query at place i from 1 sees the smaller of i and the window.
+  """
+  window = min(window_tokens or sequence_tokens, sequence_tokens)
+  return window - window * (window - 1) / (2 * sequence_tokens)
+
+
+def flops_per_token(m: Model, sequence_tokens: int) -> float:
+  """Model FLOPs of one training token: 3 times those of the forward matrix products, of 2 for each multiply-add.
+
+  Look-ups, norms and biases are no matrix products, and recomputation under remat does not count (as in MFU, PaLM, arXiv
+  2204.02311, appendix B). Attention counts the keys that a causal query sees, in its window, where each row is one document.
+  What the policy of a capacity drops depends on the tokens: only selections that no slot can be there for are left out.
+  SoftMoE runs its experts on soft_slots mixtures a sequence, made from all tokens and mixed back.
+  """
+  s, a, e = sizes(m), m.attention, m.experts
+  heads = a.num_heads + 2 * a.kv_heads
+  biases = m.num_layers * heads * a.head_dim if a.qkv_bias else 0
+  expert = s.routed / (m.num_moe_layers * e.num_experts)
   if m.router.gate == "soft":
-    routed = routed * m.router.soft_slots / sequence_tokens
-  look_ups = m.vocab_size * ((0 if m.tie_embeddings else m.d_model) + m.router.pre_gate.d_model)
-  matrices = s.active - s.routed_active + routed - look_ups
-  seen = sequence_tokens / 2
-  if m.attention.window_tokens:
-    seen = min(seen, m.attention.window_tokens)
-  attention = m.num_layers * m.attention.num_heads * (m.attention.qk_dim + m.attention.v_dim) * 2 * seen
-  attention += 2 * m.router.pre_gate.d_model * 2 * (sequence_tokens / 2)
-  return 6.0 * matrices + 3.0 * attention
+    slots = e.num_experts * m.router.soft_slots
+    routed = slots * expert / sequence_tokens + 2 * slots * m.d_model
+  else:
+    routed = _selections(m, sequence_tokens) * expert
+  products = s.attention - biases + s.dense + m.num_moe_layers * routed + _router_products(m) + m.vocab_size * m.d_model
+  if e.shared_gate:
+    products += m.num_moe_layers * m.d_model
+  # A key costs a product with the query, of the width of a key, and one with its weight, of the width of a value.
+  products += m.num_layers * a.num_heads * (a.qk_dim + a.v_dim) * attended_keys(sequence_tokens, a.window_tokens)
+  products += 2 * m.router.pre_gate.d_model * attended_keys(sequence_tokens)
+  return 3.0 * 2.0 * products

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -29,6 +30,11 @@ from moe.routing import balance
 GUARD_STEPS = 128  # window of the spike guard
 _ROUTING = 1 << 20  # what sets the key of routing noise apart from those of dropout
 _GUARD_MINIMUM = 32  # steps before it judges spikes
+_LASTING_STEPS = 16  # refused in a row at one level, which is then taken for the new one; fewer than train.py gives up after
+_LASTING_FACTOR = 2.0  # of their median, that the next value may have: a level, not a divergence
+_CARRY_BITS = 24  # of the low half of an integer sum over batches; what is above goes into the high half
+_EVAL_TOKENS = 4096  # of an evaluation batch on one device, or one row: matmuls of fewer rows wait for the weights
+_SHOWN_TOKENS = 1 << 14  # of an evaluation batch, from whose rows the examples of what the experts read are taken
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["losses", "norms", "seen", "skipped"], meta_fields=[])
@@ -37,7 +43,7 @@ class Guard:
   """Recent losses and gradient norms; what a spike is measured against."""
 
   losses: jax.Array  # [GUARD_STEPS] float32, ring buffer
-  norms: jax.Array  # [GUARD_STEPS] float32
+  norms: jax.Array  # [GUARD_STEPS] float32; minus the norm where the step was refused
   seen: jax.Array  # [] int32, finite steps pushed so far
   skipped: jax.Array  # [] int32, steps skipped in the whole run
 
@@ -204,10 +210,10 @@ def train_step(run: config.Run, state: TrainState, batch: Batch) -> tuple[TrainS
   tokens = jnp.sum(batch.segment_ids > 0)
   loss = sums["nll"] / jnp.maximum(tokens, 1)
   guard, accept = _judge(run.optimizer.skip_spike_sigmas, state.guard, loss, norm)
-  params, opt_state = optimizer_lib.update(run, grads, state.opt_state, state.params, accept)
+  params, opt_state = optimizer_lib.update(run, grads, state.opt_state, state.params, accept, state.step)
   if run.model.router.bias_update_rate:
-    rate = jnp.where(accept, run.model.router.bias_update_rate, 0.0)
-    params = balance.moved_biases(params, sums["stats"].counts, rate)
+    bias_rate = jnp.where(accept, run.model.router.bias_update_rate, 0.0)
+    params = balance.moved_biases(params, sums["stats"].counts, bias_rate)
   rate = schedules.learning_rate(run.optimizer, run.tokens_per_step, run.train.steps)(state.step)
   metrics = {**_metrics(run.model, sums, tokens), "gradient_norm": norm, "learning_rate": rate,
              "accepted": accept, "skipped_steps": guard.skipped}
@@ -215,26 +221,41 @@ def train_step(run: config.Run, state: TrainState, batch: Batch) -> tuple[TrainS
 
 
 def _judge(sigmas: float, guard: Guard, loss, norm) -> tuple[Guard, jax.Array]:
-  """Whether to accept a step, and the guard after it. Finite values enter the window even when they are refused, so
-  that a lasting change of level is accepted in the end."""
+  """Whether to accept a step, and the guard after it.
+
+  A step is refused when its loss or gradient norm is more than `sigmas` deviations above the mean of the accepted steps in
+  the window. What was refused is remembered but does not count, so that one spike does not hide the next. A change that
+  lasts, `_LASTING_STEPS` refused steps in a row at one level, is accepted, and those steps then are the window.
+  """
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+  norms = jnp.abs(guard.norms)
+  filled = jnp.arange(GUARD_STEPS) < guard.seen
+  usual = filled & (guard.norms >= 0)
+  newest = (guard.seen - 1 - jnp.arange(_LASTING_STEPS)) % GUARD_STEPS  # places of the last steps
+  recent = jnp.zeros_like(filled).at[newest].set(True)
 
   def calm(window, value):
-    valid = jnp.arange(GUARD_STEPS) < guard.seen
-    n = jnp.maximum(jnp.sum(valid), 1)
-    mean = jnp.sum(jnp.where(valid, window, 0)) / n
-    deviation = jnp.sqrt(jnp.sum(jnp.where(valid, jnp.square(window - mean), 0)) / n)
+    n = jnp.maximum(jnp.sum(usual), 1)
+    mean = jnp.sum(jnp.where(usual, window, 0)) / n
+    deviation = jnp.sqrt(jnp.sum(jnp.where(usual, jnp.square(window - mean), 0)) / n)
     return value <= mean + sigmas * jnp.maximum(deviation, 1e-3 * jnp.abs(mean))
 
-  accept = finite
-  if sigmas:
-    accept &= (guard.seen < _GUARD_MINIMUM) | (calm(guard.losses, loss) & calm(guard.norms, norm))
+  def steady(window, value):
+    return value <= _LASTING_FACTOR * jnp.median(window[newest])
+
+  judging = (guard.seen >= _GUARD_MINIMUM) & (sigmas > 0)
+  spike = judging & ~(calm(guard.losses, loss) & calm(norms, norm))
+  lasting = spike & finite & ~jnp.any(usual & recent) & steady(guard.losses, loss) & steady(norms, norm)
+  accept = finite & (~spike | lasting)
+
+  # The new level is measured by the steps that were refused at it, and by nothing before them.
+  signed = jnp.where(lasting, jnp.where(recent, norms, -norms), guard.norms)
   slot = guard.seen % GUARD_STEPS
-
-  def push(window, value):
-    return window.at[slot].set(jnp.where(finite, value, window[slot]))
-
-  return Guard(push(guard.losses, loss), push(guard.norms, norm), guard.seen + finite, guard.skipped + ~accept), accept
+  tiny = jnp.finfo(jnp.float32).tiny  # a norm of zero has no sign
+  signed_norm = jnp.where(accept, norm, -jnp.maximum(norm, tiny))
+  losses = guard.losses.at[slot].set(jnp.where(finite, loss, guard.losses[slot]))
+  signed = signed.at[slot].set(jnp.where(finite, signed_norm, signed[slot]))
+  return Guard(losses, signed, guard.seen + finite, guard.skipped + ~accept), accept
 
 
 def _metrics(model: config.Model, sums: dict, tokens) -> dict:
@@ -256,23 +277,176 @@ def _metrics(model: config.Model, sums: dict, tokens) -> dict:
   }
 
 
-def eval_step(run: config.Run, params, batch: Batch, scored) -> dict:
-  """One evaluation batch; `scored` [B, S] bool says which targets count (windows overlap).
+# ----------------------------------------------------------------------------------------------------- evaluation
+
+
+def packs_evaluation(model: config.Model) -> bool:
+  """Whether evaluation may put several windows into a row: what becomes of a token must not depend on its neighbours in the
+  row, as it does with a capacity, whose slots they share, and with gates that look over the row."""
+  return not model.experts.capacity_factor and model.router.gate not in config.LOOKAHEAD_GATES
+
+
+def eval_rows(run: config.Run, mesh) -> int:
+  """Rows of an evaluation batch: those of a micro-batch at most, which fit, and no more than keep a device busy, since the last
+  batch of a split is filled up with padding. A micro-batch's where rows share a capacity."""
+  whole = run.data.batch_sequences // run.train.micro_batches
+  if not packs_evaluation(run.model):
+    return whole
+  on_device = max(_EVAL_TOKENS // run.data.sequence_tokens, 1)
+  return min(whole, on_device * sharding.parts("batch", mesh))
+
+
+class Total(NamedTuple):
+  """A sum over any number of batches that stays on the devices and loses nothing: as two arrays, see `_added`.
+
+  Integers are exact up to 2^55, sums in float32 as good as those in float64 (each batch's own is rounded to float32).
+  """
+
+  high: jax.Array
+  low: jax.Array
+
+  def on_host(self) -> np.ndarray:
+    """The sum, int64 or float64."""
+    high, low = jax.device_get((self.high, self.low))
+    if np.issubdtype(high.dtype, np.integer):
+      return high.astype(np.int64) * (1 << _CARRY_BITS) + low
+    return high.astype(np.float64) + low
+
+
+def _added(total: Total, batch: jax.Array) -> Total:
+  """The sum with one batch's more: integers below 2^30 with a carry, floats with what rounding leaves (Knuth's two-sum)."""
+  if jnp.issubdtype(batch.dtype, jnp.integer):
+    low = total.low + batch
+    return Total(total.high + (low >> _CARRY_BITS), low & ((1 << _CARRY_BITS) - 1))
+  high = total.high + batch
+  of_batch = high - total.high
+  lost = (total.high - (high - of_batch)) + (batch - of_batch)
+  return Total(high, total.low + lost)
+
+
+def eval_step(run: config.Run, params, sums: dict[str, Total], batch: Batch, scored) -> tuple[dict[str, Total], jax.Array]:
+  """Adds one evaluation batch to the sums; under `jax.set_mesh`.
+
+  Args:
+    run: the model's.
+    params: the model's parameters.
+    sums: of the batches before, from `zero_eval_sums`.
+    batch: windows of documents, see data/evaluation.py.
+    scored: [B, S] bool, which tokens count. Windows overlap, and what one has counted is context in the next: neither
+      its loss nor its routing counts again.
 
   Returns:
-    (sums over the batch, for the score and of the routing; [L, B, S, K] the experts chosen).
+    (sums; [L, R, S] int32, the expert that each token of the first R rows chose first).
   """
   transformer = model_lib.build(run.model)
-  out = transformer.apply({"params": params}, batch.inputs, batch.segment_ids, batch.positions)
+  out = transformer.apply({"params": params}, batch.inputs, batch.segment_ids, batch.positions, counted=scored)
   head = transformer.apply({"params": params}, method="head_matrix")
   nll, _, hit = cross_entropy.token_loss(out.hidden, head, batch.targets)
-  hit &= scored
-  mask = batch.segment_ids > 0
-  between, sampled = analysis.probability_information(out.probabilities, mask)
-  sums = {"nll": jnp.sum(jnp.where(scored, nll, 0.0)), "scored": scored.sum(dtype=jnp.int32),
-          "hits": hit.sum(dtype=jnp.int32), "stats": out.stats, "information": between, "sampled": sampled,
-          "joint": analysis.joint_counts(out.experts, mask, run.model.experts.num_experts)}
-  return sums, out.experts
+  joint, information, sampled = _between_layers(run.model, out, scored)
+  new = {"nll": jnp.sum(jnp.where(scored, nll, 0.0)), "scored": scored.sum(dtype=jnp.int32),
+         "hits": (hit & scored).sum(dtype=jnp.int32), "expert_counts": out.stats.counts, "entropy": out.stats.entropy_sum,
+         "weight": out.stats.weight_sum, "z": out.stats.z_sum, "joint": joint, "information": information, "sampled": sampled}
+  rows = min(max(_SHOWN_TOKENS // scored.shape[1], 1), scored.shape[0])
+  return {name: _added(sums[name], value) for name, value in new.items()}, _first_rows(out.experts[..., 0], rows)
+
+
+def _first_rows(x: jax.Array, count: int) -> jax.Array:
+  """[L, B, S] int32 -> [L, count, S], whole on every device. A sum over the rows: for a slice of a split axis, the partitioner
+  would bring all of the axis together first."""
+  wanted_RB = jnp.arange(count)[:, None] == jnp.arange(x.shape[1])
+  return jnp.sum(jnp.where(wanted_RB[:, :, None], x[:, None], 0), 2)
+
+
+def _between_layers(model: config.Model, out: model_lib.Output, scored) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """What the layers' routings say about each other: every device looks at its own tokens.
+
+  Returns:
+    ([L, L, E, E] int32 joint counts, split as `_joint_split` says; [L, L] float32 information between the probabilities, summed
+    over the sampled tokens; [] float32 their number).
+  """
+  mesh, length = jax.sharding.get_abstract_mesh(), scored.shape[1]
+  split = _joint_split(model, mesh)
+  token_axes = _token_axes(mesh)
+  unsplit = tuple(axis for axis in token_axes if axis not in split)
+
+  def total(block):  # [L, E, E] of this device's tokens -> this device's part of the sum
+    for axis, dimension in split.items():
+      block = jax.lax.psum_scatter(block, axis, scatter_dimension=dimension - 1, tiled=True)
+    return jax.lax.psum(block, unsplit)
+
+  def device(experts, probabilities, scored):
+    joint = analysis.joint_counts(experts, scored, model.experts.num_experts, total)
+    offset = jax.lax.axis_index("context") * scored.shape[1]
+    sampled = analysis.probability_information(probabilities, scored, length, offset)
+    return joint, *jax.lax.psum(sampled, token_axes)
+
+  tokens, whole = sharding.spec(None, "batch", "sequence", None), PartitionSpec()
+  return jax.shard_map(device, in_specs=(tokens, tokens, sharding.spec("batch", "sequence")),
+                       out_specs=(_joint_spec(model, mesh), whole, whole), check_vma=False)(
+                           out.experts, out.probabilities, scored)
+
+
+def _token_axes(mesh) -> tuple[str, ...]:
+  """The mesh axes along which devices hold different tokens."""
+  return (*sharding.axes_of("batch", mesh), *sharding.axes_of("sequence", mesh))
+
+
+def _joint_split(model: config.Model, mesh) -> dict[str, int]:
+  """Which mesh axis splits which dimension of the joint counts [L, L, E, E]: where it divides, and not between slices.
+
+  The last dimension is taken last: along it a reduce-scatter compiles to an all-reduce on TPU.
+  """
+  split, left = {}, {1: model.num_routers, 2: model.experts.num_experts, 3: model.experts.num_experts}
+  for axis in _token_axes(mesh):
+    fitting = [dimension for dimension in (2, 1, 3) if left[dimension] % mesh.shape[axis] == 0]
+    if axis != "slice" and fitting:
+      split[axis] = fitting[0]
+      left[fitting[0]] //= mesh.shape[axis]
+  return split
+
+
+def _joint_spec(model: config.Model, mesh) -> PartitionSpec:
+  split = _joint_split(model, mesh)
+  return PartitionSpec(*(tuple(axis for axis, of in split.items() if of == dimension) or None for dimension in range(4)))
+
+
+def abstract_eval_sums(run: config.Run, mesh) -> dict[str, Total]:
+  """The sums of an evaluation as ShapeDtypeStructs with their shardings."""
+  layers, experts = run.model.num_routers, run.model.experts.num_experts
+
+  def total(shape, dtype, *split):
+    one = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*split)))
+    return Total(one, one)
+
+  integers, floats = jnp.int32, jnp.float32
+  return {"nll": total((), floats), "scored": total((), integers), "hits": total((), integers),
+          "expert_counts": total((layers, experts), integers), "entropy": total((layers,), floats),
+          "weight": total((layers,), floats), "z": total((layers,), floats),
+          "joint": total((layers, layers, experts, experts), integers, *_joint_spec(run.model, mesh)),
+          "information": total((layers, layers), floats), "sampled": total((), floats)}
+
+
+def zero_eval_sums(run: config.Run, mesh) -> dict[str, Total]:
+  """The sums before the first batch."""
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), abstract_eval_sums(run, mesh))
+
+
+@jax.jit
+def _choices_information(joint: Total) -> jax.Array:
+  """[L, L] nats between the layers' first choices, worked out where the counts are."""
+  counts = joint.high.astype(jnp.float32) * (1 << _CARRY_BITS) + joint.low.astype(jnp.float32)
+  return sharding.constrain(analysis.mutual_information(counts), None, None)
+
+
+def eval_totals(sums: dict[str, Total]) -> dict[str, np.ndarray]:
+  """The sums on the host, in int64 and float64. Collective; under `jax.set_mesh`.
+
+  The joint counts, which are large and split over the devices, leave as the information (nats) between the layers' choices,
+  `information_choices` [L, L].
+  """
+  choices = _choices_information(sums["joint"])
+  totals = {name: total.on_host() for name, total in sums.items() if name != "joint"}
+  return {**totals, "information_choices": np.asarray(choices, np.float64)}
 
 
 # ------------------------------------------------------------------------------------------------------- programs
@@ -282,16 +456,21 @@ def jit_train_step(run: config.Run, mesh):
   """The jitted step (state is donated), for calls under `jax.set_mesh(mesh)`."""
   shardings = jax.tree.map(lambda x: x.sharding, abstract_state(run, mesh))
   batch = Batch(*[sharding.batch_sharding(mesh)] * 4)
-  options = hardware.compiler_options(mesh.devices.flat[0].device_kind) if run.train.offload_collectives else {}
   return jax.jit(functools.partial(train_step, run), donate_argnums=0, in_shardings=(shardings, batch),
-                 out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())), compiler_options=options or None)
+                 out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())), compiler_options=_compiler_options(run, mesh))
 
 
 def jit_eval_step(run: config.Run, mesh):
-  params = jax.tree.map(lambda x: x.sharding, abstract_state(run, mesh).params)
-  rows = sharding.batch_sharding(mesh)
-  return jax.jit(functools.partial(eval_step, run), in_shardings=(params, Batch(*[rows] * 4), rows),
-                 out_shardings=NamedSharding(mesh, PartitionSpec()))
+  """The jitted `eval_step` (the sums are donated), for calls under `jax.set_mesh(mesh)`."""
+  shardings = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
+  rows, sums = sharding.batch_sharding(mesh), shardings(abstract_eval_sums(run, mesh))
+  return jax.jit(functools.partial(eval_step, run), donate_argnums=1,
+                 in_shardings=(shardings(abstract_state(run, mesh).params), sums, Batch(*[rows] * 4), rows),
+                 out_shardings=(sums, NamedSharding(mesh, PartitionSpec())), compiler_options=_compiler_options(run, mesh))
+
+
+def _compiler_options(run: config.Run, mesh) -> dict | None:
+  return (hardware.compiler_options(mesh.devices.flat[0].device_kind) or None) if run.train.offload_collectives else None
 
 
 def abstract_batch(run: config.Run, mesh) -> Batch:
@@ -299,7 +478,32 @@ def abstract_batch(run: config.Run, mesh) -> Batch:
   return Batch(*[jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh))] * 4)
 
 
+def lower_train_step(run: config.Run, mesh) -> jax.stages.Lowered:
+  """The train step for a mesh of real or topology devices, not yet compiled."""
+  with jax.set_mesh(mesh):
+    return jit_train_step(run, mesh).lower(abstract_state(run, mesh), abstract_batch(run, mesh))
+
+
 def compile_step(run: config.Run, mesh):
   """The compiled train step for a mesh of real or topology devices; runs nothing."""
+  return lower_train_step(run, mesh).compile()
+
+
+def abstract_eval_batch(run: config.Run, mesh) -> tuple[Batch, jax.ShapeDtypeStruct]:
+  """An evaluation batch, and which of its tokens are scored."""
+  shape = (eval_rows(run, mesh), run.data.sequence_tokens)
+  field = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
+  scored = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding.batch_sharding(mesh))
+  return Batch(*[field] * 4), scored
+
+
+def lower_eval_step(run: config.Run, mesh) -> jax.stages.Lowered:
+  """The evaluation step for a mesh of real or topology devices, not yet compiled."""
   with jax.set_mesh(mesh):
-    return jit_train_step(run, mesh).lower(abstract_state(run, mesh), abstract_batch(run, mesh)).compile()
+    return jit_eval_step(run, mesh).lower(abstract_state(run, mesh).params, abstract_eval_sums(run, mesh),
+                                          *abstract_eval_batch(run, mesh))
+
+
+def compile_eval_step(run: config.Run, mesh):
+  """The compiled evaluation step for a mesh of real or topology devices; runs nothing."""
+  return lower_eval_step(run, mesh).compile()

@@ -1,6 +1,8 @@
 """compile_check without a compiler: budgets, the error bar, what it reads from a config and from the compiler's refusal."""
 
 import json
+import pathlib
+import shutil
 
 import jax
 import pytest
@@ -8,6 +10,7 @@ from tests import small
 
 from moe import config
 from moe import experts
+from moe import gin_config
 from moe import hardware
 from moe import sharding
 from moe import step as step_lib
@@ -27,6 +30,34 @@ def test_budget_fails_when_something_grows(tmp_path):
       "peak_bytes: 1,100 bytes, budget 1,000", "all-reduce over data: 7 bytes, budget 0"]
   assert compile_check.over_budget({**more, "libtpu": "3"}, path, "run") == []  # another key
   assert len(json.loads(path.read_text())["run"]) == 2
+
+
+def test_each_step_has_a_budget_of_its_own(tmp_path):
+  path = tmp_path / "budget.json"
+  for step, peak in ("train", 1000), ("eval", 700):
+    assert compile_check.over_budget({**RESULT, "step": step, "hbm": {"peak_bytes": peak}}, path, "run") == []
+  assert compile_check.over_budget({**RESULT, "step": "eval", "hbm": {"peak_bytes": 900}}, path, "run") == [
+      "peak_bytes: 900 bytes, budget 700"]
+  assert sorted(json.loads(path.read_text())["run"]) == [
+      "jax 1, libtpu 2, v5p:2x2x1 x 1", "jax 1, libtpu 2, v5p:2x2x1 x 1, evaluation"]
+
+
+@pytest.mark.parametrize("flags, compiled", [
+    ([], ["train", "eval"]), (["--only=train"], ["train"]), (["--only=eval"], ["eval"])])
+def test_which_steps_are_compiled(flags, compiled, monkeypatch, capsys):
+  """Both, or the one that is asked for; JSON has the evaluation step within the train step's."""
+  steps = []
+
+  def check(run, topology, slices, options, keep, step):
+    steps.append(step)
+    return {**RESULT, "step": step, "fits": step == "train"}
+
+  monkeypatch.setattr(compile_check, "check", check)
+  monkeypatch.setattr(compile_check.importlib.util, "find_spec", lambda name: True)
+  code = compile_check.main(["--gin_file=configs/run/quickstart.gin", "--topology=v5p:2x2x1", "--json", *flags])
+  result = json.loads(capsys.readouterr().out)
+  assert steps == compiled and result["step"] == compiled[0] and ("evaluation" in result) == (len(compiled) == 2)
+  assert code == (0 if compiled == ["train"] else 1)  # of all that were compiled, one does not fit
 
 
 def test_error_bar_is_the_range_of_the_published_rows():
@@ -83,6 +114,48 @@ def test_out_of_memory():
   assert late["hbm"]["peak_bytes"] == int(20.5 * 2**30)
   assert late["hbm"]["largest"] == [{"bytes": 4 << 30, "shape": "bf16[8,4096]", "source": "jit(train_step)/dot"},
                                     {"bytes": 512 << 20, "shape": "f32[7]", "source": ""}]
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+def test_evaluation_step_of_a_pod(tmp_path):
+  """Compiled for TPU: it fits beside the optimizer state, which is counted in, and no collective moves what should stay where
+  it is. Its text says which step it is and what computes attention."""
+  pytest.importorskip("libtpu", reason="libtpu is in the environment of tools/dev.sh tpu only (Python >= 3.12)")
+  model = {"vocab_size": 1024, "d_model": 512, "num_layers": 4, "compute_dtype": "bfloat16",
+           "attention": {"num_heads": 8, "num_kv_heads": 4, "head_dim": 64}, "experts": {"num_experts": 64, "d_expert": 512}}
+  run = small.run(batch=64, length=512, model=model, mesh={"fsdp": 4, "expert": 2})
+  result = compile_check.check(run, "v5e:2x4", step="eval", keep=str(tmp_path / "step.hlo"))
+  state = step_lib.abstract_state(run, sharding.make_mesh(run.mesh, compile_check.devices_of("v5e:2x4")))
+  optimizer = compile_check._local_bytes(state.opt_state)
+  assert result["fits"] and result["hbm"]["optimizer"] == optimizer > 0
+  assert result["hbm"]["peak_bytes"] > optimizer + result["hbm"]["parameters"]
+  assert result["tokens_per_step"] == 64 * 512
+  program = (tmp_path / "step.hlo").read_text()
+  assert "[4,4,64,64]" not in program and "[4,64,512,2]" not in program  # joint counts, experts chosen: whole nowhere
+  text = compile_check.text(result)
+  assert "evaluation step: 8 devices" in text and "attention of the layers: splash" in text
+
+
+BUDGETS = pathlib.Path(__file__).parent / "golden" / "compile_budgets.json"
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", [name for name, keys in sorted(json.loads(BUDGETS.read_text()).items())
+                                  if any(key.endswith(", evaluation") for key in keys)])
+def test_evaluation_step_keeps_its_budget(name, tmp_path, record_property):
+  """Neither HBM nor a collective has grown since it was recorded (compile_check --only=eval --golden=FILE), same versions."""
+  pytest.importorskip("libtpu", reason="libtpu is in the environment of tools/dev.sh tpu only (Python >= 3.12)")
+  path = gin_config.CONFIGS / "run" / f"{name}.gin"
+  result = compile_check.check(gin_config.resolve([path]).run, *compile_check.topology_in(path), step="eval")
+  record_property("compile_seconds", round(result["compile_seconds"]))
+  assert result["fits"]
+  if compile_check.budget_key(result) not in json.loads(BUDGETS.read_text())[name]:
+    pytest.skip(f"no budget of {name} under {compile_check.budget_key(result)}")
+  copy = shutil.copy(BUDGETS, tmp_path)
+  assert compile_check.over_budget(result, pathlib.Path(copy), name) == []
 
 
 @pytest.mark.parametrize("mesh, block, share", [

@@ -33,9 +33,10 @@ def assert_equal(got, want, tolerance):
     np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max(), rtol=0)
 
 
-@pytest.mark.parametrize("chunks", [2, 24])
-def test_equals_plain(chunks):
-  arguments = inputs()
+@pytest.mark.parametrize("length, chunks", [(24, 2), (24, 24), (23, 4), (23, 7)])
+def test_equals_plain(length, chunks):
+  """Also where the last chunk is padded: by one token, and by a whole chunk and more."""
+  arguments = inputs(length=length)
   # float32 sums of at most 96 terms in another order: some units in the last place of the largest entry.
   assert_equal(objective(chunks)(*arguments), objective(1)(*arguments), 1e-6)
 
@@ -58,7 +59,7 @@ def test_equals_plain_on_a_mesh(mesh):
   mesh = sharding.make_mesh(config.Mesh(**mesh))
   with jax.set_mesh(mesh):
     rows, head = (NamedSharding(mesh, sharding.spec(*names)) for names in (("batch",), ("embed", "vocab")))
-    got = objective(3)(*(jax.device_put(a, s) for a, s in zip(arguments, (rows, head, rows))))
+    got = objective(5)(*(jax.device_put(a, s) for a, s in zip(arguments, (rows, head, rows))))
   assert_equal(got, want, 2e-6)
 
 
@@ -81,5 +82,15 @@ def test_chunks_by_size():
   assert cross_entropy.chunks_for(8, 4096, 129_280) == 32  # 128 tokens of 8 rows
   assert cross_entropy.chunks_for(8, 4096, 4096) == 8  # 64 MiB
   assert cross_entropy.chunks_for(1000, 6, 129_280) == 6
-  with pytest.raises(ValueError, match="24 tokens into 7 chunks"):
-    cross_entropy.token_loss(*inputs(), 7)
+  assert cross_entropy.chunks_for(2000, 6, 129_280) == 6  # no room for one token of each row
+  with pytest.raises(ValueError, match="24 tokens into 25 chunks; use 1 to 24"):
+    cross_entropy.token_loss(*inputs(), 25)
+
+
+@pytest.mark.parametrize("length", [4093, 4099, 4098, 8191, 3000])
+def test_a_length_with_few_divisors_takes_few_chunks(length):
+  """Primes, twice a prime, and a length that divides well; 128 tokens of 8 rows are within the bound."""
+  chunks = cross_entropy.chunks_for(8, length, 129_280)
+  assert -(-length // chunks) <= 128
+  assert chunks < 2 * length / 128 + 1
+  assert (length % chunks == 0) == (length == 3000)

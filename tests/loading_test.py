@@ -1,6 +1,8 @@
 """What a host loads follows from the batch's sharding: on any mesh every device has the rows and columns of one process."""
 
 import json
+import math
+import re
 import socket
 import subprocess
 import sys
@@ -11,7 +13,9 @@ import numpy as np
 import pytest
 
 from moe import config
+from moe import gin_config
 from moe import sharding
+from moe.data import pipeline
 from tests import loading_hosts
 from tests import small
 
@@ -60,6 +64,28 @@ def test_every_device_finds_its_part_in_what_its_host_loads(hosts, corpus):
       assert needed[part.rows].any(1).all() and not needed.any(1)[np.setdiff1d(np.arange(shape[0]), part.rows)].any()
       columns = np.flatnonzero(needed.any(0))
       assert (part.columns.start, part.columns.stop) == (columns[0], columns[-1] + 1)
+
+
+def test_a_host_without_a_device_is_refused():
+  rows = sharding.batch_sharding(sharding.make_mesh(config.Mesh(fsdp=2, tensor=2), jax.devices()[:4]))
+  with pytest.raises(config.ConfigError, match="host 3 has no device in the mesh fsdp=2 x tensor=2 of 4 devices"):
+    sharding.host_part(rows, (8, 16), 3)
+
+
+@pytest.mark.parametrize("path", sorted((gin_config.CONFIGS / "run").glob("*.gin")), ids=lambda path: path.stem)
+def test_every_run_config_loads_on_its_pod(path):
+  """The first, a middle and the last host of the pod that the config names, four chips a host, as a run of rows for each host
+  (tpu_compile_test has the real rows of every host): each gets a batch, and opens no more shards than it has rows."""
+  run = gin_config.resolve([path]).run
+  found = re.search(r"^# For (\w+):([\dx]+)(?:, (\d+) slices)?", path.read_text(), re.MULTILINE)
+  hosts = max(math.prod(map(int, found[2].split("x"))) * int(found[3] or 1) // 4, 1) if found else 1
+  each = run.data.batch_sequences // hosts
+  assert each * hosts == run.data.batch_sequences
+  for host in {0, hosts // 2, hosts - 1}:
+    loader = pipeline.Loader(run.data, run.train.seed, range(host * each, (host + 1) * each))
+    assert next(loader)[0].shape == (each, run.data.sequence_tokens)
+    assert len(loader.state()["shards"]) == each
+    loader.close()
 
 
 def test_an_array_of_a_host_s_part():

@@ -108,6 +108,54 @@ def test_a_lost_store_loses_no_record_and_holds_nobody(root, monkeypatch):
     writer.close()
 
 
+def test_a_record_in_place_of_another(root, monkeypatch):
+  """The thread writes it, after the records before; what failed goes again, unless a newer one has come."""
+  real, away, order = type(root).write_text, threading.Event(), []
+
+  def write_text(self, text):
+    order.append(self.name)
+    if away.is_set():
+      raise ConnectionError("no route to the store")
+    return real(self, text)
+
+  monkeypatch.setattr(type(root), "write_text", write_text)
+  writer, path = jsonl.Writer(root / "metrics.jsonl", seconds=0.05), root / "latest" / "load.json"
+  assert jsonl.read_one(path) is None
+  writer.write({"step": 0})
+  writer.replace(path, {"step": 0})
+  writer.flush()
+  while jsonl.read_one(path) is None:
+    time.sleep(0.02)
+  assert order[0].startswith("metrics-") and order[-1] == "load.json"
+  away.set()
+  writer.replace(path, {"step": 1})
+  time.sleep(0.3)
+  with pytest.raises(OSError, match="no route"):
+    writer.replace(path, {"step": 2})
+  assert jsonl.read_one(path) == {"step": 0}
+  away.clear()
+  writer.close()
+  assert jsonl.read_one(path) == {"step": 2} and [record["step"] for record in jsonl.read(root / "metrics.jsonl")] == [0]
+  away.set()
+  writer = jsonl.Writer(root / "metrics.jsonl", seconds=0.05)
+  writer.replace(path, {"step": 3})
+  with pytest.raises(OSError, match="1 records are lost"):
+    writer.close()
+
+
+def test_many_parts_are_read_in_order_and_few_are_held(root, monkeypatch):
+  """A long run has tens of thousands of parts: a reader that stops to think must not have them all in memory."""
+  for number in range(60):
+    (root / f"metrics-{number:020}.jsonl").write_text(json.dumps({"step": number}) + "\n")
+  real, fetched = type(root).read_bytes, []
+  monkeypatch.setattr(type(root), "read_bytes", lambda self: fetched.append(self) or real(self))
+  reader = jsonl.read(root / "metrics.jsonl")
+  assert next(reader)["step"] == 0
+  time.sleep(0.5)
+  assert len(fetched) <= 17
+  assert [record["step"] for record in reader] == list(range(1, 60)) and len(fetched) == 60
+
+
 # ------------------------------------------------------------------------------------------------------------------ data
 
 

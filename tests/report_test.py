@@ -13,6 +13,7 @@ import urllib.request
 import numpy as np
 import pytest
 
+from moe import metrics
 from moe import report
 from moe.errors import UserError
 from tools import report as tool
@@ -66,11 +67,57 @@ def test_the_page_needs_no_network(tmp_path):
   assert not re.findall(r"(?:src|href)=(?!'data:)", page)
 
 
+def tables(train: list[dict], speed: list[dict] = ()) -> report.Records:
+  """Of records in memory."""
+  builders = {"train": report._TableBuilder(), **({"speed": report._TableBuilder()} if speed else {})}
+  for kind, builder in builders.items():
+    for record in {"train": train, "speed": speed}[kind]:
+      builder.add(record)
+  return report.Records({kind: builder.table() for kind, builder in builders.items()}, [], {}, {})
+
+
 def test_tokens_and_gaps():
-  records = [{"step": s, "tokens": 10, "time": 100.0 + s + (9000 if s > 5 else 0)} for s in range(10)]
+  records = tables([{"step": s, "tokens": 10, "time": 100.0 + s + (9000 if s > 5 else 0)} for s in range(10)])
   np.testing.assert_allclose(report._tokens(records, np.array([0, 4, 9])), [10, 50, 100])
   hours = report._hours(records)
   assert np.isnan(hours[6]) and np.isfinite(np.delete(hours, 6)).all()
+
+
+def test_each_step_has_a_time_of_its_own():
+  """The loop writes ten steps at once. A stop of an hour is in the middle, and the end is not timed yet."""
+  written = [10.0 * (step // 10 + 1) + (3600 if step >= 50 else 0) + 0.001 * (step % 10) for step in range(95)]
+  train = [{"step": step, "tokens": 10, "time": at} for step, at in enumerate(written)]
+  speed = [{"step": step, "time": written[step], "seconds_per_step": 1.0} for step in range(9, 90, 10)]
+  assert len(np.unique(np.round(written[:50]))) == 5  # as they are, ten steps share a place
+  hours = report._hours(tables(train, speed))
+  assert np.isnan(hours[50]) and np.isfinite(np.delete(hours, 50)).all()
+  np.testing.assert_allclose(np.diff(hours[:50]) * 3600, 1.0, atol=1e-3)
+  np.testing.assert_allclose(np.diff(hours[51:90]) * 3600, 1.0, atol=1e-3)
+  assert (np.diff(hours[89:]) > 0).all()
+
+
+def test_the_load_is_of_a_tenth_of_the_steps(monkeypatch):
+  """Windows of other widths that lie in it, weighed by what they count; and what is lacking is taken from beside."""
+  windows = [metrics.Window(first, last, np.full((1, 2), (last + 1 - first) * [1, 3][first >= 90]))
+             for first, last in [(0, 9), (10, 49), (90, 91), (92, 99)]]
+  assert report._windows(windows, 90, 100) == windows[2:]
+  assert report._windows(windows, 60, 70) == windows[2:3]
+  drawn = []
+  monkeypatch.setattr(report, "_heat", lambda axis, values, title, top: drawn.append(title) or axis.imshow(values))
+  report._draw_load(report.Records({}, windows, {}, {}))
+  assert drawn == ["steps 0-9", "steps 10-49", "steps 90-91", "steps 90-99"]
+
+
+def test_examples_of_many_experts_are_of_some_layers():
+  entry = {"tokens": [["<a", 0.5]], "snippets": []}
+  records = tables([{"step": 0, "time": 0.0}])
+  records.tables["eval/x"] = records.tables["train"]
+  for layers, experts, shown in ((2, 4, 2), (3, 5000, 1), (58, 256, 8), (59, 0, 59)):
+    record = {"kind": "examples/x", "step": 0, "time": float(layers), "examples": [[entry] * experts] * layers}
+    report._keep_latest(records.latest, record)
+    text = report._examples(records)
+    assert text.count("<summary>") == shown and text.count("&lt;a") == shown * experts
+    assert (f"{layers - shown} more layers" in text) == (shown < layers)
 
 
 def test_mistakes_are_one_line(tmp_path):

@@ -54,6 +54,53 @@ def test_gradient_of_weights_reaches_logits():
   np.testing.assert_allclose(jnp.vdot(jax.grad(value)(x), direction), slope, rtol=1e-3)
 
 
+def chosen_by_experts(x, mask, slots, group):
+  """[B, S, E] bool: each expert's best tokens, ties by position, one expert after the other."""
+  p = softmax(x.astype(np.float64)).astype(np.float32)  # equal logits give equal scores
+  taken = np.zeros(x.shape, bool)
+  rows = [list(range(len(x)))] if group == "microbatch" else [[b] for b in range(len(x))]
+  for members in rows:
+    for e in range(x.shape[-1]):
+      tokens = sorted(((b, s) for b in members for s in range(x.shape[1]) if mask[b, s]), key=lambda t: -p[t][e])
+      for b, s in tokens[:slots]:
+        taken[b, s, e] = True
+  return taken
+
+
+@pytest.mark.parametrize("group", ["sequence", "microbatch"])
+@pytest.mark.parametrize("slots", [1, 3, 7, 12, 100])
+def test_expert_choice_takes_the_best_tokens(group, slots):
+  """Also where most scores are equal, and where there are more slots than tokens."""
+  x = logits((3, 12, 4))
+  x[:, ::2] = x[0, 0]  # half of all tokens have the same scores
+  mask = np.random.default_rng(1).random((3, 12)) < 0.8
+  choice = gates.expert_choice(jnp.array(x), Router(top_k=2, weight_scale=2.0), jnp.array(mask), slots, group)
+  want = chosen_by_experts(x, mask, slots, group)
+  np.testing.assert_array_equal(choice.experts, np.where(want, np.arange(4), 4))
+  np.testing.assert_allclose(choice.weights, np.where(want, 2 * softmax(x.astype(np.float64)), 0), rtol=1e-5)
+
+
+def largest_array(jaxpr) -> int:
+  """Elements of the largest array in a traced function, and in the functions within it."""
+  inner = [part.jaxpr for equation in jaxpr.eqns for part in equation.params.values() if hasattr(part, "jaxpr")]
+  sizes = [v.aval.size for equation in jaxpr.eqns for v in equation.outvars]
+  return max(sizes + [largest_array(part) for part in inner], default=0)
+
+
+def test_expert_choice_holds_no_square_of_the_tokens():
+  tokens, experts = 512, 8
+  def choose(x):
+    return gates.expert_choice(x, Router(), jnp.ones((8, 64), bool), 2 * tokens // experts, "microbatch")
+
+  def by_places(x):  # the control: one-hot of each slot's token
+    _, places = jax.lax.top_k(x.reshape(1, tokens, experts).swapaxes(1, 2), 2 * tokens // experts)
+    return jax.nn.one_hot(places, tokens).sum(2)
+
+  x = jnp.zeros((8, 64, experts))
+  assert largest_array(jax.make_jaxpr(choose)(x).jaxpr) <= tokens * experts
+  assert largest_array(jax.make_jaxpr(by_places)(x).jaxpr) == 2 * tokens**2
+
+
 def kept_by_hand(choice, mask, slots, policy):
   experts, p = np.asarray(choice.experts), np.asarray(choice.probabilities)
   kept = np.zeros(experts.shape, bool)

@@ -174,20 +174,97 @@ def test_a_step_that_is_not_finite_is_skipped():
   assert bad[1].step == 2 and bad[1].guard.seen == 1
 
 
-def test_spikes_are_skipped_until_the_level_has_changed():
-  calm = jnp.zeros(())
+@functools.cache
+def judge(sigmas=8.0):
+  return jax.jit(functools.partial(step_lib._judge, sigmas))
+
+
+def calm_guard(steps_before=200, level=1.0):
+  """A guard after steps of loss 3 +- 0.1 and norm 1 +- 0.05, all accepted."""
   guard = step_lib.Guard(jnp.zeros(128), jnp.zeros(128), jnp.int32(0), jnp.int32(0))
-  rng, judge = np.random.default_rng(0), jax.jit(functools.partial(step_lib._judge, 6.0))
-  for _ in range(60):
-    guard, accept = judge(guard, jnp.float32(3 + 0.1 * rng.normal()), jnp.float32(1 + 0.1 * rng.normal()))
+  rng = np.random.default_rng(0)
+  for _ in range(steps_before):
+    guard, accept = judge()(guard, jnp.float32(3 + 0.1 * rng.normal()), jnp.float32(level + 0.05 * rng.normal()))
     assert accept
+  return guard
+
+
+def limit(guard) -> float:
+  """The largest norm that is accepted, by bisection."""
+  low, high = 0.0, 1e7
+  while high - low > 1e-4 * high:
+    middle = (low + high) / 2
+    low, high = (middle, high) if judge()(guard, jnp.float32(3.0), jnp.float32(middle))[1] else (low, middle)
+  return high
+
+
+def refuse(guard, loss, norm, times=1):
+  for _ in range(times):
+    guard, accept = judge()(guard, jnp.float32(loss), jnp.float32(norm))
+    assert not accept
+  return guard
+
+
+@pytest.mark.parametrize("loss, norm", [(3.0, 1000.0), (3.0, 2.0), (50.0, 1.0), (50.0, 0.0)])
+def test_refused_steps_do_not_blind_the_guard(loss, norm):
+  """The limit after one, two and ten spikes is the limit before them."""
+  guard = calm_guard()
+  before = limit(guard)
+  assert 1.3 < before < 1.5
+  for spikes in (1, 2, 7):
+    guard = refuse(guard, loss, norm, spikes)
+    # Only the calm steps that the ring buffer has dropped can move it.
+    np.testing.assert_allclose(limit(guard), before, rtol=0.02)
+  assert int(guard.skipped) == 10 and int(guard.seen) == 210
+
+
+@pytest.mark.parametrize("steps_before", [40, 200])
+@pytest.mark.parametrize("factor", [3, 10, 100, 10_000])
+def test_a_lasting_change_is_accepted_before_training_stops(factor, steps_before):
+  """And then the guard judges by the new level: what is far above it is refused, what was usual before is not."""
+  guard, rng = calm_guard(steps_before), np.random.default_rng(1)
   refused = 0
-  for _ in range(60):  # a lasting jump: refused at first, accepted once the window has seen enough of it
-    guard, accept = judge(guard, jnp.float32(9.0), jnp.float32(1.0))
+  for _ in range(60):
+    norm = factor * (1 + 0.05 * rng.normal())
+    guard, accept = judge()(guard, jnp.float32(3 + 0.1 * rng.normal()), jnp.float32(norm))
     refused += not accept
-  assert 0 < refused < 20 and int(guard.skipped) == refused
-  _, accept = judge(guard, jnp.float32(3.0), jnp.float32(1e6))  # the norm alone is enough
-  assert not accept and calm == 0
+  assert refused == 16
+  assert 1.2 * factor < limit(guard) < 1.6 * factor
+
+
+def test_a_divergence_is_not_taken_for_a_new_level():
+  """Each loss twice the one before: refused until training stops."""
+  guard = calm_guard()
+  for step in range(20):
+    guard = refuse(guard, 50.0 * 2.0**step, 1.0)
+
+
+def test_nothing_is_judged_in_the_first_steps_and_without_a_limit():
+  guard = calm_guard(31)
+  assert judge()(guard, jnp.float32(1e6), jnp.float32(1e6))[1]
+  for loss, norm in ((np.nan, 1.0), (3.0, np.inf)):
+    after, accept = judge()(guard, jnp.float32(loss), jnp.float32(norm))
+    assert not accept and int(after.seen) == 31 and int(after.skipped) == 1
+  assert jax.jit(functools.partial(step_lib._judge, 0.0))(calm_guard(), jnp.float32(1e6), jnp.float32(1e6))[1]
+
+
+def test_the_applied_rate_is_the_logged_one():
+  """Skipped steps included: under a constant gradient Adam moves every entry by the rate. The last step of a decay to zero is the
+  smallest one, however many were skipped before it."""
+  o = {"learning_rate": 0.5, "schedule": "wsd", "warmup_tokens": 600, "decay_tokens": 640, "final_fraction": 0.0,
+       "weight_decay": 0.0, "clip_norm": 0.0}
+  run = small.run(optimizer=o, train={"steps": 20})
+  params = {"w": jnp.zeros((2, 2))}
+  grads = {"w": jnp.ones((2, 2))}
+  state = optimizer.make(run).init(params)
+  rate = schedules.learning_rate(run.optimizer, run.tokens_per_step, run.train.steps)
+  update = jax.jit(functools.partial(optimizer.update, run))
+  for step in range(20):
+    accept = step % 3 != 1
+    before = params["w"]
+    params, state = update(grads, state, params, accept, step)
+    np.testing.assert_allclose(before - params["w"], float(rate(step)) if accept else 0.0, rtol=1e-4, atol=1e-7)
+  assert 0 < float(rate(19)) < 0.06
 
 
 # --------------------------------------------------------------------------------------------- optimizer and schedule
@@ -240,7 +317,7 @@ def test_moments_in_the_host_s_memory(accept):
   place = lambda path, x: jax.device_put(x, host) if optimizer.name_of(path) == "layers/big" else x
   hosted = (clip, adam._replace(mu=jax.tree_util.tree_map_with_path(place, adam.mu),
                                 nu=jax.tree_util.tree_map_with_path(place, adam.nu)), *others)
-  got, after = jax.jit(functools.partial(optimizer.update, run, accept=accept))(grads, hosted, params)
+  got, after = jax.jit(functools.partial(optimizer.update, run, accept=accept, step=0))(grads, hosted, params)
   assert [x.sharding.memory_kind for x in (after[1].mu["layers"]["big"], after[1].nu["layers"]["big"])] == ["pinned_host"] * 2
   assert after[1].mu["layers"]["small"].sharding.memory_kind == "device"
   updates, want_after = chain.update(grads, state, params)

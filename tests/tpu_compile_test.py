@@ -22,6 +22,7 @@ from moe import step as step_lib  # noqa: E402
 from moe.kernels import cross_entropy  # noqa: E402
 from tools import compile_check  # noqa: E402
 from tools import hlo  # noqa: E402
+from tools.bench import host_rows  # noqa: E402
 from tests import small  # noqa: E402
 
 pytestmark = [pytest.mark.tpu, pytest.mark.slow]
@@ -55,6 +56,27 @@ def test_steps_compile_and_fit(topology, mesh):
   assert 0 < memory.argument_size_in_bytes + memory.temp_size_in_bytes < 16e9
   found = collectives(program.as_text())
   assert "all-gather" in found
+
+
+def test_every_host_of_a_pod_loads_what_its_devices_hold():
+  """Eleven pods, and those of the run configs: rows and columns of every device are in its host's part; and an equal run of rows
+  for each process number, the negative control, is not what the hosts hold."""
+  meshes = [(sharding.make_mesh(config.Mesh(**sizes), compile_check.devices_of(topology)), None)
+            for topology, sizes in host_rows.PODS]
+  for path in sorted((gin_config.CONFIGS / "run").glob("*.gin")):
+    if "quickstart" not in path.stem:
+      run = gin_config.resolve([path]).run
+      meshes.append((sharding.make_mesh(run.mesh, compile_check.devices_of(*compile_check.pod([path], None))), run))
+  wrong_by_number = 0
+  for mesh, run in meshes:
+    parts = sharding.parts("batch", mesh)
+    shape = (run.data.batch_sequences, run.data.sequence_tokens) if run else (max(parts, 2), 4096)
+    hosts = host_rows.hosts_of(mesh, shape).values()
+    assert all(host.complete for host in hosts)
+    # No host loads a row that none of its devices holds: at most each device's rows.
+    assert all(len(host.part.rows) <= host.devices * shape[0] // parts for host in hosts)
+    wrong_by_number += not all(host.by_number for host in hosts)
+  assert len(meshes) >= 25 and wrong_by_number >= 8
 
 
 def test_expert_gradients_leave_by_reduce_scatter():

@@ -109,7 +109,7 @@ def test_routing_is_in_the_terminal_the_records_and_the_report(straight):
     values = np.array(score[key])
     assert values.shape == (2, 2) and (values >= -1e-6).all()
     np.testing.assert_allclose(values, values.T, atol=1e-5)
-  shown = records["examples/tiny"]["examples"]
+  shown = jsonl.read_one(run_dir / "latest" / "examples" / "tiny.json")["examples"]
   assert len(shown) == 2 and len(shown[0]) == 8
   assert any(entry["tokens"] and entry["snippets"] for entry in shown[0])
   assert "What the experts read" in (run_dir / "report" / "index.html").read_text()

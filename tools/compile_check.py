@@ -1,14 +1,17 @@
-"""Compiles the train step of a run for a pod that is not here, and says what the compiler knows: static, never TPU speed.
+"""Compiles the train step and the evaluation step of a run for a pod that is not here, and says what the compiler knows:
+static, never TPU speed.
 
     python -m tools.compile_check --gin_file=configs/run/mixtral_8x7b_v6e_64.gin                # its own topology
     python -m tools.compile_check --gin_file=... --topology=v5p:4x4x4 --slices=2 --json
+    python -m tools.compile_check --gin_file=... --only=train         # one of the two steps: a large model compiles for minutes
     python -m tools.compile_check --gin_file=... --search             # the best layouts for this model and pod
     python -m tools.compile_check --gin_file=... --golden=FILE        # writes the budget of this run, or compares with it
     python -m tools.compile_check --gin_file=... --record             # writes the figures into the run config's head
 
 Fits or not and by how much, HBM by kind and the largest arrays by name, FLOPs and the MFU that the predicted step would have,
-collectives by kind and mesh axes, the predicted step time (tools/hlo.py has the model), seconds to compile. Needs libtpu
-(`bash tools/dev.sh tpu` makes such an environment), no TPU. Exit code 1: does not fit, or over its budget; 2: cannot compile.
+collectives by kind and mesh axes, the predicted step time (tools/hlo.py has the model), seconds to compile. The evaluation step
+runs beside the trainer's optimizer state, which is counted in. Needs libtpu (`bash tools/dev.sh tpu` makes such an
+environment), no TPU. Exit code 1: does not fit, or over its budget; 2: cannot compile.
 """
 
 from __future__ import annotations
@@ -31,9 +34,11 @@ from moe import config
 from moe import experts
 from moe import gin_config
 from moe import hardware
+from moe import model as model_lib
 from moe import sharding
 from moe import sizes
 from moe import step as step_lib
+from moe.kernels import attention
 from tools import hlo
 from tools import layout_search
 
@@ -69,12 +74,17 @@ def _local_bytes(tree) -> int:
   return total
 
 
-def check(run: config.Run, topology: str, slices: int = 1, options: dict | None = None, keep: str | None = None) -> dict:
-  """Everything that is printed, as the JSON has it.
+STEPS = ("train", "eval")
+
+
+def check(run: config.Run, topology: str, slices: int = 1, options: dict | None = None, keep: str | None = None,
+          step: str = "train") -> dict:
+  """Everything that is printed of one step, as the JSON has it.
 
   Args:
     options: of the compiler (`jax.stages.Lowered.compile`).
     keep: a file for the compiled program's text.
+    step: train | eval.
 
   Raises:
     config.ConfigError: the run does not fit the mesh, or the topology is of no known chip.
@@ -83,23 +93,27 @@ def check(run: config.Run, topology: str, slices: int = 1, options: dict | None 
   chip = hardware.topology(topology).chip
   mesh = sharding.make_mesh(dataclasses.replace(run.mesh, slice=slices), devices)
   sharding.check_run(run, mesh)
-  state, batch = step_lib.abstract_state(run, mesh), step_lib.abstract_batch(run, mesh)
-  tokens = run.tokens_per_step
-  flops = sizes.flops_per_token(run.model, run.data.sequence_tokens) * tokens / len(devices)
+  state = step_lib.abstract_state(run, mesh)
+  of_train = step == "train"
+  tokens = run.tokens_per_step if of_train else step_lib.eval_rows(run, mesh) * run.data.sequence_tokens
+  # A forward pass is a third of a step's FLOPs.
+  flops_per_token = sizes.flops_per_token(run.model, run.data.sequence_tokens) / (1 if of_train else 3)
+  flops = flops_per_token * tokens / len(devices)
   parameters, optimizer = _local_bytes(state.params), _local_bytes(state.opt_state)
+  beside = 0 if of_train else optimizer  # held by the trainer while the evaluation runs, but no argument of its step
   result = {
-      "topology": topology, "slices": slices, "devices": len(devices), "jax": jax.__version__,
-      "libtpu": importlib.metadata.version("libtpu"),
+      "step": step, "topology": topology, "slices": slices, "devices": len(devices), "jax": jax.__version__,
+      "libtpu": importlib.metadata.version("libtpu"), "attention": attention_backends(run, mesh),
       "mesh": {a: n for a, n in mesh.shape.items() if n > 1}, "tokens_per_step": tokens, "flops": flops}
   begin = time.perf_counter()
   try:
-    with jax.set_mesh(mesh):
-      compiled = step_lib.jit_train_step(run, mesh).lower(state, batch).compile(compiler_options=options or {})
+    lowered = step_lib.lower_train_step(run, mesh) if of_train else step_lib.lower_eval_step(run, mesh)
+    compiled = lowered.compile(compiler_options=options or {})
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     result["compile_seconds"] = time.perf_counter() - begin
-    return {**result, "fits": False, **_out_of_memory(str(error), state, chip)}
+    return {**result, "fits": False, **_out_of_memory(str(error), state, chip, beside)}
   result["compile_seconds"] = time.perf_counter() - begin
   compiled_text = compiled.as_text()
   if keep:
@@ -107,12 +121,12 @@ def check(run: config.Run, topology: str, slices: int = 1, options: dict | None 
   memory, program = compiled.memory_analysis(), hlo.parse(compiled_text)
   walked = hlo.walk(program, chip, mesh, experts.filled_rows(run, mesh))
   arguments = memory.argument_size_in_bytes
-  peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes  # the compiler counts those in
+  peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes + beside  # the compiler counts the host's in
   low, high, rows = error_bar(walked.seconds)
   return {
       **result, "fits": peak <= chip.hbm_bytes,
       "hbm": {"peak_bytes": peak, "limit_bytes": chip.hbm_bytes, "parameters": parameters, "optimizer": optimizer,
-              "other_arguments": arguments - parameters - optimizer, "temporaries": memory.temp_size_in_bytes,
+              "other_arguments": arguments + beside - parameters - optimizer, "temporaries": memory.temp_size_in_bytes,
               "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
               "activations_saved": hlo.stacked_bytes(program, run.model.num_moe_layers, max(run.model.scan_unroll, 1)),
               "code": memory.generated_code_size_in_bytes,
@@ -124,6 +138,16 @@ def check(run: config.Run, topology: str, slices: int = 1, options: dict | None 
                        "network_exposed": walked.exposed, "host": walked.host, "host_exposed": walked.host_exposed},
       "unknown_trips": walked.unknown_trips, "mfu": flops / walked.seconds / chip.flops,
       "tokens_per_second_per_device": tokens / len(devices) / walked.seconds}
+
+
+def attention_backends(run: config.Run, mesh) -> dict[str, str]:
+  """What computes the attention of the model, and of a pre-gate's, on the mesh's devices."""
+  models = {"layers": run.model}
+  if run.model.router.pre_gate.d_model:
+    models["pre_gate"] = model_lib.pre_gate_model(run.model)
+  platform, shards = mesh.devices.flat[0].platform, sharding.parts("sequence", mesh)
+  return {name: attention.describe(model.attention, run.data.sequence_tokens, platform, shards)
+          for name, model in models.items()}
 
 
 def error_bar(seconds: float) -> tuple[float, float, int]:
@@ -143,9 +167,9 @@ def _smaller(run: config.Run, topology: str, slices: int, options) -> dict | Non
   return {**result, "micro_batches": count} if result["fits"] else _smaller(half, topology, slices, options)
 
 
-def _out_of_memory(text: str, state, chip: hardware.Chip) -> dict:
+def _out_of_memory(text: str, state, chip: hardware.Chip, beside: int = 0) -> dict:
   """What the compiler says when memory runs out: how much it wanted, and the largest allocations where it lists them; else
-  the largest of the arguments."""
+  the largest of the state's arrays. `beside`: bytes of the state that are no argument of the step."""
   used = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", text)
   unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
   number = lambda word: int(float(word.rstrip("KMGT")) * unit.get(word[-1], 1))
@@ -160,7 +184,7 @@ def _out_of_memory(text: str, state, chip: hardware.Chip) -> dict:
     largest = [{"bytes": b, "shape": s, "source": "state" + n} for b, s, n in sorted(leaves, reverse=True)[:6]]
   temporaries = re.search(r"total memory required for HLO temporaries \(([\d.]+[KMGT]?)\)", text)
   if used:
-    wanted = number(used[1])
+    wanted = number(used[1]) + beside
   else:
     wanted = number(temporaries[1]) + _local_bytes(state) if temporaries else None
   return {"hbm": {"peak_bytes": wanted, "limit_bytes": chip.hbm_bytes, "largest": largest},
@@ -176,9 +200,11 @@ def text(result: dict) -> str:
   gb = lambda n: f"{n / 1e9:.2f} GB"
   hbm = result["hbm"]
   mesh = " x ".join(f"{a} {n}" for a, n in result["mesh"].items())
+  name = {"train": "train step", "eval": "evaluation step"}[result["step"]]
   lines = [f"{result['topology']}" + (f" x {result['slices']} slices" if result["slices"] > 1 else "")
-           + f": {result['devices']} devices, mesh {mesh}; {result['tokens_per_step']:,} tokens a step; compiled in "
+           + f", {name}: {result['devices']} devices, mesh {mesh}; {result['tokens_per_step']:,} tokens a step; compiled in "
            f"{result['compile_seconds']:.0f} s (jax {result['jax']}, libtpu {result['libtpu']}), not run"]
+  lines += [f"  attention of the {of.replace('_', '-')}: {backend}" for of, backend in result["attention"].items()]
   largest = [f"    {gb(b['bytes']):>9s}  {b['shape']:<28s} {b['source'][-80:]}" for b in hbm["largest"]]
   if not result["fits"]:
     if hbm["peak_bytes"] is None:
@@ -187,7 +213,7 @@ def text(result: dict) -> str:
       lines.append(f"  DOES NOT FIT: {gb(hbm['peak_bytes'])} of {gb(hbm['limit_bytes'])}, "
                    f"{gb(hbm['peak_bytes'] - hbm['limit_bytes'])} too many; the largest:")
     lines += [*largest, "  " + _REMEDY]
-    if result["smaller"]:
+    if result.get("smaller"):
       lines += [f"  Train.micro_batches = {result['smaller']['micro_batches']} makes it fit:", text(result["smaller"])]
     return "\n".join(lines)
   seconds, share = result["step_seconds"], result["overlapped_share"]
@@ -222,7 +248,8 @@ def budget(result: dict) -> dict:
 
 
 def budget_key(result: dict) -> str:
-  return f"jax {result['jax']}, libtpu {result['libtpu']}, {result['topology']} x {result['slices']}"
+  key = f"jax {result['jax']}, libtpu {result['libtpu']}, {result['topology']} x {result['slices']}"
+  return f"{key}, evaluation" if result.get("step") == "eval" else key
 
 
 def over_budget(result: dict, path: pathlib.Path, name: str, slack: float = 1.01) -> list[str]:
@@ -293,10 +320,11 @@ def main(argv: list[str] | None = None) -> int:
   gin_config.add_arguments(parser)
   parser.add_argument("--topology", help="such as v5p:4x4x4; default: the one the run config names")
   parser.add_argument("--slices", type=int, help="slices of that topology; default: as the run config says, else 1")
+  parser.add_argument("--only", choices=STEPS, help="compile one of the two steps; default: both")
   parser.add_argument("--xla", action="append", default=[], metavar="NAME=VALUE", help="an option of the compiler")
   parser.add_argument("--golden", type=pathlib.Path, help="file of budgets, to record in or to compare with")
   parser.add_argument("--record", action="store_true", help="write memory and estimate into the head of the run config")
-  parser.add_argument("--hlo", metavar="FILE", help="keep the compiled program's text")
+  parser.add_argument("--hlo", metavar="FILE", help="keep the compiled text of the train step, and of the other as FILE.eval")
   parser.add_argument("--search", nargs="?", type=float, const=1200.0, metavar="SECONDS",
                       help="rank all legal layouts by a closed form, compile the best 8, as many as begin in this time (1200)")
   parser.add_argument("--json", action="store_true")
@@ -310,6 +338,8 @@ def main(argv: list[str] | None = None) -> int:
     topology, slices = pod(arguments.gin_file, arguments.topology, arguments.slices)
     if arguments.record and not arguments.gin_file:
       raise config.ConfigError("--record writes into a run config; name it by --gin_file")
+    if arguments.record and arguments.only == "eval":
+      raise config.ConfigError("--record writes the train step's figures; leave out --only=eval")
     if arguments.record:  # before the minutes of a compile
       _must_be_for(pathlib.Path(arguments.gin_file[-1]), topology, slices)
     if arguments.search:
@@ -317,18 +347,29 @@ def main(argv: list[str] | None = None) -> int:
       print(json.dumps(rows) if arguments.json else layout_search.text(rows))
       return 0 if any(row["fits"] for row in rows) else 1
     options = dict(o.split("=", 1) for o in arguments.xla)
-    result = check(run, topology, slices, options, arguments.hlo)
-    if not result["fits"]:
-      result["smaller"] = _smaller(run, topology, slices, options)
-    elif arguments.record:
-      record(result, pathlib.Path(arguments.gin_file[-1]))
+    results = {}
+    for step in [arguments.only] if arguments.only else STEPS:
+      print(f"compiling the {step} step for {topology} ...", file=sys.stderr, flush=True)
+      keep = f"{arguments.hlo}.eval" if arguments.hlo and step == "eval" else arguments.hlo
+      result = results[step] = check(run, topology, slices, options, keep, step)
+      if step == "train" and not result["fits"]:
+        result["smaller"] = _smaller(run, topology, slices, options)
+      elif step == "train" and arguments.record:
+        record(result, pathlib.Path(arguments.gin_file[-1]))
+      if not arguments.json:
+        print(text(result), flush=True)
   except (config.ConfigError, jax.errors.JaxRuntimeError, ValueError) as error:
     print(f"compile_check: {' '.join(str(error).split())[:600]}", file=sys.stderr)
     return 2
-  print(json.dumps(result) if arguments.json else text(result))
-  if not result["fits"]:
+  if arguments.json:
+    first, *others = results.values()
+    print(json.dumps({**first, "evaluation": others[0]} if others else first))
+  if not all(result["fits"] for result in results.values()):
     return 1
-  grown = over_budget(result, arguments.golden, pathlib.Path(arguments.gin_file[-1]).stem) if arguments.golden else []
+  grown = []
+  if arguments.golden:
+    name = pathlib.Path(arguments.gin_file[-1]).stem
+    grown = [f"{step}: {line}" for step, result in results.items() for line in over_budget(result, arguments.golden, name)]
   for line in grown:
     print(f"  over its budget: {line}")
   return 1 if grown else 0

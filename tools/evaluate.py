@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, result in results.items():
       print(f"{name:12s} {result['bits_per_byte']:.4f} bits/byte  {result['loss']:.4f} nats/token  "
             f"accuracy {result['accuracy']:.2%}  {result['bytes']:,} bytes of {arguments.split}")
+      forward, floor = (result[key] / result["tokens"] for key in ("forward_tokens", "window_tokens"))
+      print(f"{'':12s} {forward:.2f} tokens run for each that is scored, {floor:.2f} without padding")
     print("routing, all domains together", *evaluate.routing_table(results), sep="\n")
   return terminal.FINE
 

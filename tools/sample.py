@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import colorsys
+import sys
 
 import numpy as np
 from rich import console as rich_console
@@ -43,14 +44,21 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token")
   parser.add_argument("--top_p", type=float, default=0.95)
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--as_trained", action="store_true",
+                      help="with a capacity, drop what the rows of training would: reads the whole text again for each token")
   parser.add_argument("--show_experts", action="store_true", help="colour the text by expert, once for each layer")
   arguments = parser.parse_args(argv)
   if arguments.tokens < 1 or not 0 < arguments.top_p <= 1 or arguments.temperature < 0:
     parser.error("--tokens must be at least 1, --top_p in (0, 1], --temperature at least 0")
   trained = restore.load(arguments.path)
   prompt = np.concatenate([[trained.tokenizer.eos], trained.tokenizer.encode(arguments.prompt)]).astype(np.int32)
+  factor, row_tokens = trained.run.model.experts.capacity_factor, trained.run.data.sequence_tokens
+  if factor and not arguments.as_trained:
+    print(f"note: this model was trained with Experts.capacity_factor = {factor}, and decoding token by token drops nothing "
+          f"after the prompt; --as_trained decodes with the slots of a row of {row_tokens} tokens", file=sys.stderr)
   made = generate.sample(trained.run.model, trained.params, prompt, arguments.tokens, seed=arguments.seed,
-                         vocab_size=trained.tokenizer.vocab_size, temperature=arguments.temperature, top_p=arguments.top_p)
+                         vocab_size=trained.tokenizer.vocab_size, temperature=arguments.temperature, top_p=arguments.top_p,
+                         row_tokens=row_tokens if arguments.as_trained else 0)
   console = rich_console.Console(highlight=False, soft_wrap=True)
   console.print(rich_text.Text(arguments.prompt, style="bold") + rich_text.Text(trained.tokenizer.decode(made.ids)))
   if arguments.show_experts:

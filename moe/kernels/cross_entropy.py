@@ -36,17 +36,18 @@ def token_loss(hidden, head, targets, chunks: int | None = None) -> TokenLoss:
     hidden: [B, S, D], split over the batch axes and context of the mesh that is set (or no mesh).
     head: [D, V] of hidden's dtype, D over fsdp and context and V over tensor.
     targets: [B, S] int32.
-    chunks: into how many parts S is cut; None: as many as keep a chunk's logits within 64 MiB, or to 1024 tokens, on a device.
+    chunks: into how many parts S is cut, the last one padded; None: as many as keep a chunk's logits within 64 MiB, or to 1024
+      tokens, on a device.
 
   Raises:
-    ValueError: chunks does not divide S.
+    ValueError: chunks is not between 1 and the tokens that a device has of a sequence.
   """
   length, mesh = hidden.shape[1], jax.sharding.get_abstract_mesh()
+  length //= sharding.parts("sequence", mesh)
   if chunks is None:
-    length //= sharding.parts("sequence", mesh)
     chunks = chunks_for(hidden.shape[0] // sharding.parts("batch", mesh), length, head.shape[1])
-  if length % chunks:
-    raise ValueError(f"token_loss cannot cut sequences of {length} tokens into {chunks} chunks; use a divisor")
+  if not 1 <= chunks <= length:
+    raise ValueError(f"token_loss cannot cut sequences of {length} tokens into {chunks} chunks; use 1 to {length}")
   if chunks == 1:
     return plain(hidden, head, targets)
   if mesh.empty:
@@ -74,9 +75,14 @@ _barred.defvjp(lambda head: (head, None), lambda _, grad: (jax.lax.optimization_
 
 
 def chunks_for(rows: int, length: int, vocabulary: int) -> int:
-  """The fewest equal parts of a sequence whose logits stay within the bound; a token a time if nothing else does."""
-  most = max(_LOGITS_BYTES // (4 * vocabulary), _TOKENS) // max(rows, 1)
-  return next(n for n in range(1, length + 1) if length % n == 0 and (length // n <= most or n == length))
+  """The fewest parts of a sequence whose logits stay within the bound; a token at a time if nothing else does.
+
+  Equal parts, unless that takes twice as many as with a shorter last one: the head's gradient is added up once a chunk.
+  """
+  most = max(max(_LOGITS_BYTES // (4 * vocabulary), _TOKENS) // max(rows, 1), 1)
+  fewest = -(-length // most)
+  equal = next(n for n in range(fewest, length + 1) if length % n == 0)
+  return equal if equal < 2 * fewest else fewest
 
 
 def plain(hidden, head, targets) -> TokenLoss:
@@ -89,13 +95,17 @@ def plain(hidden, head, targets) -> TokenLoss:
 
 
 def _cut(x, chunks: int):
-  """[B, S, ...] -> [chunks, B, S / chunks, ...]."""
+  """[B, S, ...] -> [chunks, B, ceil(S / chunks), ...], the end padded with zeros."""
+  padding = -x.shape[1] % chunks
+  # A padded token has hidden state, target and gradients 0: it adds 0 to the head's gradient, and `_join` drops the rest.
+  x = jnp.pad(x, ((0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)))
   return x.reshape(x.shape[0], chunks, -1, *x.shape[2:]).swapaxes(0, 1)
 
 
-def _join(x):
+def _join(x, length: int):
+  """The inverse of `_cut`, less the padding: [chunks, B, C, ...] -> [B, length, ...]."""
   x = x.swapaxes(0, 1)
-  return x.reshape(x.shape[0], -1, *x.shape[3:])
+  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
 def _logits(hidden, head):
@@ -123,7 +133,7 @@ def _chunked(chunks: int, axis: str | None, hidden, head, targets):
     return None, (log_z - chosen, log_z, across(jax.lax.pmin, best) == targets)
 
   _, out = jax.lax.scan(part, None, (_cut(hidden, chunks), _cut(targets, chunks)))
-  return tuple(map(_join, out))
+  return tuple(_join(x, targets.shape[1]) for x in out)
 
 
 def _chunked_forward(chunks, axis, hidden, head, targets):
@@ -150,7 +160,7 @@ def _chunked_backward(chunks, axis, saved, grads):
 
   rows = tuple(_cut(x, chunks) for x in (hidden, targets, log_z, grad_nll, grad_log_z))
   grad_head, grad_hidden = jax.lax.scan(part, jnp.zeros(head.shape, jnp.float32), rows)
-  return _join(grad_hidden), grad_head.astype(head.dtype), None
+  return _join(grad_hidden, targets.shape[1]), grad_head.astype(head.dtype), None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

@@ -126,9 +126,16 @@ def expert_choice(logits, router: Router, mask, num_slots: int, group: str) -> C
   grouped = jnp.where(mask[..., None], jax.lax.stop_gradient(probabilities), -1.0)
   if group == "microbatch":
     grouped = grouped.reshape(1, -1, num_experts)
-  tokens = grouped.shape[1]
-  best, places = jax.lax.top_k(grouped.swapaxes(1, 2), min(num_slots, tokens))  # [G, E, C]
-  taken = jnp.sum(jax.nn.one_hot(jnp.where(best >= 0, places, tokens), tokens, dtype=jnp.int32), 2) > 0  # [G, E, T]
+  # Behind a barrier, because scores that are compared below must be to the bit those that top_k read: a compiler that computes
+  # the softmax twice, once in each fusion, may round it in two ways.
+  grouped = jax.lax.optimization_barrier(grouped.swapaxes(1, 2))  # [G, E, T]
+  best, _ = jax.lax.top_k(grouped, min(num_slots, grouped.shape[-1]))  # [G, E, C], best first
+  # The C best as a mask: all that score more than the last of them and, of those that score the same, the first in the order of
+  # tokens. The places of top_k would say the same, but one-hot they are C x T numbers for each expert.
+  last = best[..., -1:]
+  above, equal = grouped > last, grouped == last
+  room = best.shape[-1] - above.sum(-1, keepdims=True)
+  taken = (above | (equal & (jnp.cumsum(equal, -1) <= room))) & (grouped >= 0)  # below 0: a slot that is left empty
   taken = taken.swapaxes(1, 2).reshape(logits.shape)
   experts = jnp.where(taken, jnp.arange(num_experts, dtype=jnp.int32), num_experts)
   return Choice(probabilities, experts, jnp.where(taken, probabilities, 0.0) * router.weight_scale)

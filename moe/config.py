@@ -440,8 +440,8 @@ class Optimizer(_Checked):
       if getattr(self, name) > 1:
         raise ConfigError(f"Optimizer.{name} = {getattr(self, name)} is a share, at most 1")
     if self.schedule == "wsd" and not self.decay_tokens and self.final_fraction < 1:
-      raise ConfigError(f"Optimizer.schedule = 'wsd' with decay_tokens = 0 never comes to final_fraction = {self.final_fraction} of "
-                        "the peak; set decay_tokens, or final_fraction = 1 for a rate that stays")
+      raise ConfigError(f"Optimizer.schedule = 'wsd' with decay_tokens = 0 never comes to final_fraction = "
+                        f"{self.final_fraction} of the peak; set decay_tokens, or final_fraction = 1 for a rate that stays")
 
 
 @_dataclass

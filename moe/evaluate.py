@@ -59,6 +59,10 @@ def evaluate_domain(run: config.Run, mesh, eval_step, params, domain: config.Dom
   for window, size in batches:
     batch, scored = _on_mesh(mesh, window)
     sums, chosen = eval_step(params, sums, batch, scored)
+    if mesh.devices.flat[0].platform == "cpu":
+      # Forwards do not wait for each other's sums, and on CPU several programs in flight take the few threads from the
+      # devices that their collectives wait for: for ever. Elsewhere programs run one after the other.
+      jax.block_until_ready(sums)
     if first is None:
       first = window, chosen
     text_bytes += size

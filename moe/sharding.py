@@ -172,8 +172,8 @@ def host_part(shards: NamedSharding, shape: tuple[int, int], process: int | None
   held = [index for device, index in shards.devices_indices_map(shape).items() if device.process_index == process]
   if not held:
     axes = " x ".join(f"{axis}={size}" for axis, size in shards.mesh.shape.items() if size > 1)
-    raise config.ConfigError(f"host {process} has no device in the mesh {axes} of {shards.mesh.size} devices; start only the hosts "
-                             "that it needs, or enlarge it")
+    raise config.ConfigError(f"host {process} has no device in the mesh {axes} of {shards.mesh.size} devices; start only the "
+                             "hosts that it needs, or enlarge it")
   row_bounds = {rows.indices(shape[0])[:2] for rows, _ in held}
   column_bounds = [columns.indices(shape[1])[:2] for _, columns in held]
   rows = np.unique(np.concatenate([np.arange(*bounds) for bounds in row_bounds]))

@@ -337,8 +337,8 @@ def _check_batch(data: dict, run: config.Run) -> None:
   """Refuses to go on with batches of another size: the loader could, but the schedule counts tokens by steps of one size."""
   before = data.get("batch_sequences", run.data.batch_sequences)
   if before != run.data.batch_sequences:
-    raise ConfigError(f"the checkpoint's steps have Data.batch_sequences = {before}, this run's {run.data.batch_sequences}: the "
-                      f"learning rate counts tokens by steps of one size; set it to {before}, or begin a run with --init_from")
+    raise ConfigError(f"the checkpoint's steps have Data.batch_sequences = {before}, this run's {run.data.batch_sequences}: "
+                      f"the learning rate counts tokens by steps of one size; set it to {before}, or take --init_from")
 
 
 def _check_resume(mode: str, run_dir: epath.Path, saver: checkpoint_lib.Checkpointer) -> None:
@@ -382,8 +382,8 @@ def _summary(run: config.Run, mesh, title: str) -> str:
     lines.append(f"WARNING: {run.model.lookahead} lets later tokens decide about earlier ones; the loss of a causal model is "
                  "too good where it is used, and decoding differs from training")
   if run.model.blind_router:
-    lines.append(f"WARNING: {run.model.blind_router} gives the one chosen expert weight 1 whatever its score, so the loss of the "
-                 "language model teaches the router nothing; set Router.renormalize = False")
+    lines.append(f"WARNING: {run.model.blind_router} gives the one chosen expert weight 1 whatever its score, so the loss of "
+                 "the language model teaches the router nothing; set Router.renormalize = False")
   if r.balance_scope == "step" and run.train.micro_batches > 1:
     lines.append("        exact over the step: one more forward pass of every micro-batch, a third of the step's FLOPs more")
   return "\n".join(lines)

@@ -32,12 +32,13 @@ class OnHosts:
     self._real, self._process_of = real, process_of
 
   def devices_indices_map(self, shape):
-    return {Device(device.id, self._process_of(device)): index for device, index in self._real.devices_indices_map(shape).items()}
+    real = self._real.devices_indices_map(shape)
+    return {Device(device.id, self._process_of(device)): index for device, index in real.items()}
 
 
 # How eight devices belong to hosts: in a row, one in turn, in pairs that lie apart, each by itself.
-HOSTS = {"row of 4": lambda d: d.id // 4, "in turn": lambda d: d.id % 2, "pairs apart": lambda d: d.id % 4, "each": lambda d: d.id,
-         "row of 2": lambda d: d.id // 2}
+HOSTS = {"row of 4": lambda d: d.id // 4, "row of 2": lambda d: d.id // 2, "in turn": lambda d: d.id % 2,
+         "pairs apart": lambda d: d.id % 4, "each": lambda d: d.id}
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +103,9 @@ def run_together(hosts: int, devices: int, corpus: str, out) -> list[dict]:
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-  processes = [subprocess.Popen([sys.executable, "-m", "tests.loading_hosts", str(port), str(hosts), str(i), str(devices), corpus,
-                                 str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in range(hosts)]
+  commands = [[sys.executable, "-m", "tests.loading_hosts", str(port), str(hosts), str(i), str(devices), corpus, str(out)]
+              for i in range(hosts)]
+  processes = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
   texts = [process.communicate(timeout=800)[0] for process in processes]
   assert [process.returncode for process in processes] == [0] * hosts, "\n".join(text[-3000:] for text in texts)
   return json.loads(out.read_text())

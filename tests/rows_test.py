@@ -81,8 +81,8 @@ def test_few_rows_of_a_document_meet_in_a_batch(batch, shards):
 
 
 def shard(number=3, state=None, seed=1):
-  data = config.Data(domains=tuple(config.Domain(name=n, path="", weight=w) for n, w in (("a", 5), ("b", 2))), batch_sequences=8,
-                     sequence_tokens=2, virtual_shards=8)
+  domains = tuple(config.Domain(name=name, path="", weight=weight) for name, weight in (("a", 5.0), ("b", 2.0)))
+  data = config.Data(domains=domains, batch_sequences=8, sequence_tokens=2, virtual_shards=8)
   return rows_lib.VirtualShard(number, rows_lib.Order(8, 6), data, seed, row_draws._NumberedRows, state)
 
 

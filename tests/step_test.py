@@ -249,8 +249,8 @@ def test_nothing_is_judged_in_the_first_steps_and_without_a_limit():
 
 
 def test_the_applied_rate_is_the_logged_one():
-  """Skipped steps included: under a constant gradient Adam moves every entry by the rate. The last step of a decay to zero is the
-  smallest one, however many were skipped before it."""
+  """Skipped steps included: under a constant gradient Adam moves every entry by the rate. The last step of a decay to zero is
+  the smallest one, however many were skipped before it."""
   o = {"learning_rate": 0.5, "schedule": "wsd", "warmup_tokens": 600, "decay_tokens": 640, "final_fraction": 0.0,
        "weight_decay": 0.0, "clip_norm": 0.0}
   run = small.run(optimizer=o, train={"steps": 20})

@@ -59,8 +59,8 @@ def test_steps_compile_and_fit(topology, mesh):
 
 
 def test_every_host_of_a_pod_loads_what_its_devices_hold():
-  """Eleven pods, and those of the run configs: rows and columns of every device are in its host's part; and an equal run of rows
-  for each process number, the negative control, is not what the hosts hold."""
+  """Eleven pods, and those of the run configs: rows and columns of every device are in its host's part; and an equal run of
+  rows for each process number, the negative control, is not what the hosts hold."""
   meshes = [(sharding.make_mesh(config.Mesh(**sizes), compile_check.devices_of(topology)), None)
             for topology, sizes in host_rows.PODS]
   for path in sorted((gin_config.CONFIGS / "run").glob("*.gin")):

@@ -135,7 +135,8 @@ def record(path: str, layer: int, tokens: int) -> tuple[np.ndarray, int]:
   streams = []
   for domain in trained.run.data.domains:
     for window, _ in evaluation.batches(domain.path, "validation", trained.tokenizer, trained.run.data.sequence_tokens,
-                                        trained.run.data.batch_sequences, 1 + tokens // trained.run.tokens_per_step):
+                                        trained.run.data.batch_sequences, 1 + tokens // trained.run.tokens_per_step,
+                                        packed=False):  # a stream is one document
       first = np.asarray(run(trained.params, window.inputs, window.segment_ids, window.positions))
       streams += list(first[(window.segment_ids > 0).all(1)])
   if not streams:

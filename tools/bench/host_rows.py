@@ -23,8 +23,9 @@ from tools import compile_check
 
 # Topology, mesh; rows are one a data-parallel device, or two where there is but one such device.
 PODS = [
-    ("v5e:2x4", {"fsdp": 4, "tensor": 2}), ("v5e:4x4", {"fsdp": 4, "context": 4}), ("v5e:8x8", {"data": 4, "fsdp": 4, "tensor": 4}),
-    ("v5e:16x16", {"fsdp": 32, "expert": 8}), ("v5p:2x2x1", {"tensor": 4}), ("v5p:2x2x4", {"expert": 8, "context": 2}),
+    ("v5e:2x4", {"fsdp": 4, "tensor": 2}), ("v5e:4x4", {"fsdp": 4, "context": 4}),
+    ("v5e:8x8", {"data": 4, "fsdp": 4, "tensor": 4}), ("v5e:16x16", {"fsdp": 32, "expert": 8}),
+    ("v5p:2x2x1", {"tensor": 4}), ("v5p:2x2x4", {"expert": 8, "context": 2}),
     ("v5p:4x4x4", {"fsdp": 16, "tensor": 4}), ("v6e:4x4", {"fsdp": 2, "context": 8}), ("v6e:8x8", {"expert": 8, "tensor": 8}),
     ("tpu7x:4x4x4", {"fsdp": 32, "tensor": 4}), ("tpu7x:4x8x8", {"data": 4, "expert": 16, "context": 2, "tensor": 4}),
 ]

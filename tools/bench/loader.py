@@ -59,10 +59,12 @@ def main() -> int:
     seconds = time.monotonic() - begin
     state = loader.state()
     later = np.sort(waits[1:])
-    print(f"batch {arguments.batch} x {arguments.length}, {arguments.rows or arguments.batch} rows here, "
-          f"{len(state['shards'])} of {state['fingerprint']['virtual_shards']} virtual shards open, {arguments.packing}, {tokenizer[-8:]}")
-    print(f"  first batch {waits[0]:.2f} s; then waited for {1e3 * np.median(later):.1f} ms (median), {1e3 * later[-1]:.0f} ms (longest), "
-          f"{later.sum():.2f} s in all of {seconds:.1f} s")
+    rows = arguments.rows or arguments.batch
+    shards = state["fingerprint"]["virtual_shards"]
+    print(f"batch {arguments.batch} x {arguments.length}, {rows} rows here, {len(state['shards'])} of {shards} virtual shards "
+          f"open, {arguments.packing}, {'BPE' if arguments.vocab_size else 'bytes'}")
+    print(f"  first batch {waits[0]:.2f} s; then waited for {1e3 * np.median(later):.1f} ms (median), "
+          f"{1e3 * later[-1]:.0f} ms (longest), {later.sum():.2f} s in all of {seconds:.1f} s")
     print(f"  memory {(resident_bytes() - before) / 1e6:.0f} MB; state {len(json.dumps(state)) / 1e3:.1f} kB")
   return 0
 

@@ -1,6 +1,6 @@
 """Two processes of one CPU device, Mesh.tensor = 2 and Mesh.context = 2, against one process: the first step's loss and tokens.
 
-    PYTHONPATH=CHECKOUT python tools/experiments/symptoms/hosts.py CHECKOUT
+PYTHONPATH=CHECKOUT python tools/experiments/symptoms/hosts.py CHECKOUT
 """
 
 import json
@@ -11,9 +11,17 @@ import subprocess
 import sys
 import tempfile
 
-FLAGS = ["--gin.Train.steps=1", "--gin.Train.eval_batches=1", "--gin.Model.num_layers=2", "--gin.Model.d_model=64", "--allow_unused",
-         "--gin.Attention.head_dim=16", "--gin.Experts.d_expert=64", "--gin.Data.sequence_tokens=128",
-         "--gin.Data.domains=(@kjv/Domain(),)"]
+FLAGS = [
+  "--gin.Train.steps=1",
+  "--gin.Train.eval_batches=1",
+  "--gin.Model.num_layers=2",
+  "--gin.Model.d_model=64",
+  "--allow_unused",
+  "--gin.Attention.head_dim=16",
+  "--gin.Experts.d_expert=64",
+  "--gin.Data.sequence_tokens=128",
+  "--gin.Data.domains=(@kjv/Domain(),)",
+]
 
 
 def first_step(checkout: str, processes: int, mesh: dict[str, int]) -> dict | None:
@@ -26,8 +34,10 @@ def first_step(checkout: str, processes: int, mesh: dict[str, int]) -> dict | No
     for index in range(processes):
       place = [f"--multihost=127.0.0.1:{port},{processes},{index}"] if processes > 1 else []
       sizes = [f"--gin.Mesh.{axis}={size}" for axis, size in {"data": 1, **mesh}.items()]
-      started.append(subprocess.Popen([sys.executable, "-m", "moe.train", f"--run_dir={folder}/run", *FLAGS, *sizes, *place],
-                                      cwd=checkout, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+      command = [sys.executable, "-m", "moe.train", f"--run_dir={folder}/run", *FLAGS, *sizes, *place]
+      started.append(
+        subprocess.Popen(command, cwd=checkout, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+      )
     records = pathlib.Path(folder, "run", "metrics.jsonl")
     while not (records.exists() and '"kind": "train"' in records.read_text()) and any(p.poll() is None for p in started):
       try:

@@ -1,6 +1,6 @@
 """Domains of the rows of a batch, by the real loader on two domains of three to one: variance over that of independent draws.
 
-    PYTHONPATH=CHECKOUT python tools/experiments/symptoms/rows.py
+PYTHONPATH=CHECKOUT python tools/experiments/symptoms/rows.py
 """
 
 import pathlib
@@ -29,5 +29,7 @@ with tempfile.TemporaryDirectory() as folder:
     loader, decode = pipeline.Loader(data, 0), tokenizers.ByteTokenizer().decode
     lower = np.array([[any(c.islower() for c in decode(row)) for row in next(loader)[0]] for _ in range(150)])
     micro = lower.reshape(150, 4, 4).swapaxes(1, 2).reshape(600, 4)
-    print(f"16 rows, {shards} virtual shards: variance of the rarer domain's rows over independent draws: by batch "
-          f"{share_ratio(lower.sum(1), 16):.2f}, by micro-batch {share_ratio(micro.sum(1), 4):.2f}")
+    print(
+      f"16 rows, {shards} virtual shards: variance of the rarer domain's rows over independent draws: by batch "
+      f"{share_ratio(lower.sum(1), 16):.2f}, by micro-batch {share_ratio(micro.sum(1), 4):.2f}"
+    )

@@ -1,6 +1,6 @@
 """Logged against applied learning rate where steps were skipped: a decay to zero over 20 steps, every third step refused.
 
-    PYTHONPATH=CHECKOUT:CHECKOUT_WITH_TESTS python tools/experiments/symptoms/schedule.py
+PYTHONPATH=CHECKOUT:CHECKOUT_WITH_TESTS python tools/experiments/symptoms/schedule.py
 """
 
 import inspect
@@ -11,8 +11,17 @@ from moe import optimizer
 from moe import schedules
 from tests import small
 
-run = small.run(train={"steps": 20}, optimizer={"learning_rate": 0.5, "schedule": "wsd", "decay_tokens": 2560, "weight_decay": 0.0,
-                                                "final_fraction": 0.0, "clip_norm": 0.0})
+run = small.run(
+  train={"steps": 20},
+  optimizer={
+    "learning_rate": 0.5,
+    "schedule": "wsd",
+    "decay_tokens": 2560,
+    "weight_decay": 0.0,
+    "final_fraction": 0.0,
+    "clip_norm": 0.0,
+  },
+)
 params, grads = {"w": jnp.zeros(())}, {"w": jnp.ones(())}
 state = optimizer.make(run).init(params)
 rate = schedules.learning_rate(run.optimizer, run.tokens_per_step, run.train.steps)

@@ -385,8 +385,8 @@ def _summary(run: config.Run, mesh, title: str) -> str:
     lines.append(f"WARNING: {run.model.blind_router} gives the one chosen expert weight 1 whatever its score, so the loss of "
                  "the language model teaches the router nothing; set Router.renormalize = False")
   if run.model.attention.window_tokens == 1:
-    lines.append("WARNING: Attention.window_tokens = 1 lets a token see itself alone, so queries and keys never learn; set it to "
-                 "0 for all tokens, or to at least 2")
+    lines.append("WARNING: Attention.window_tokens = 1 lets a token see itself alone, so queries and keys never learn; set it "
+                 "to 0 for all tokens, or to at least 2")
   if r.balance_scope == "step" and run.train.micro_batches > 1:
     lines.append("        exact over the step: one more forward pass of every micro-batch, a third of the step's FLOPs more")
   return "\n".join(lines)

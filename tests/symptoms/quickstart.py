@@ -1,6 +1,6 @@
 """The quickstart model for some steps and seeds: balance, load, spread of the loss from step to step, bits per byte.
 
-    PYTHONPATH=CHECKOUT python tools/experiments/symptoms/quickstart.py [STEPS] [SEED ...]
+    PYTHONPATH=CHECKOUT python tests/symptoms/quickstart.py [STEPS] [SEED ...]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Domains of the rows of a batch, by the real loader on two domains of three to one: variance over that of independent draws.
 
-PYTHONPATH=CHECKOUT python tools/experiments/symptoms/rows.py
+PYTHONPATH=CHECKOUT python tests/symptoms/rows.py
 """
 
 import pathlib

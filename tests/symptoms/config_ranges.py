@@ -1,6 +1,6 @@
 """Values out of range, and a router that learns nothing: accepted without a word?
 
-PYTHONPATH=CHECKOUT python tools/experiments/symptoms/config_ranges.py
+PYTHONPATH=CHECKOUT python tests/symptoms/config_ranges.py
 """
 
 from moe import config

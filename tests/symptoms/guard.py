@@ -1,6 +1,6 @@
 """The largest gradient norm that the guard accepts, before and after spikes of 1,000; and when a lasting change is accepted.
 
-PYTHONPATH=CHECKOUT python tools/experiments/symptoms/guard.py
+PYTHONPATH=CHECKOUT python tests/symptoms/guard.py
 """
 
 import functools

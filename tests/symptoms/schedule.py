@@ -1,6 +1,6 @@
 """Logged against applied learning rate where steps were skipped: a decay to zero over 20 steps, every third step refused.
 
-PYTHONPATH=CHECKOUT:CHECKOUT_WITH_TESTS python tools/experiments/symptoms/schedule.py
+PYTHONPATH=CHECKOUT:CHECKOUT_WITH_TESTS python tests/symptoms/schedule.py
 """
 
 import inspect

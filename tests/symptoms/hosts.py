@@ -1,6 +1,6 @@
 """Two processes of one CPU device, Mesh.tensor = 2 and Mesh.context = 2, against one process: the first step's loss and tokens.
 
-PYTHONPATH=CHECKOUT python tools/experiments/symptoms/hosts.py CHECKOUT
+PYTHONPATH=CHECKOUT python tests/symptoms/hosts.py CHECKOUT
 """
 
 import json

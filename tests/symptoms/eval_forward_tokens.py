@@ -1,55 +1,50 @@
-"""Forward tokens (B x S of all batches) per scored token, beside the floor of half-overlapping windows."""
-# ruff: noqa: E501, UP031
+"""Tokens of the forward pass per scored token in evaluation, beside the floor that half-overlapping windows allow.
 
+PYTHONPATH=CHECKOUT python tests/symptoms/eval_forward_tokens.py
+"""
 
-import tempfile
-import time
-import numpy as np
-from moe.data import evaluation, records, embedded, tokenizers
 import pathlib
+import tempfile
 
+import numpy as np
+
+from moe.data import embedded, evaluation, records, tokenizers
 
 FOLDER = pathlib.Path(tempfile.mkdtemp())
+BYTE = tokenizers.load("byte")
 
-def measure(name, path, tok, S, B, split="validation"):
-  t = time.perf_counter()
+
+def measure(name: str, path: str, tokenizer, length: int, rows: int) -> None:
   forward = inside = scored = 0
-  size = 0.0
-  for w, n in evaluation.batches(path, split, tok, S, B):
-    forward += w.inputs.size
-    inside += int((w.segment_ids > 0).sum())
-    scored += int(w.scored.sum())
-    size += n
-  print(
-    f"{name}: S {S}, B {B}: forward/scored {forward / scored:.3f}, floor {inside / scored:.3f}, ratio {forward / inside:.3f}; {scored} tokens scored, {size:.1f} bytes, {time.perf_counter() - t:.1f} s"
-  )
+  for windows, _ in evaluation.batches(path, "validation", tokenizer, length, rows):
+    forward += windows.inputs.size
+    inside += int((windows.segment_ids > 0).sum())
+    scored += int(windows.scored.sum())
+  print(f"{name}, {rows} rows of {length}: forward/scored {forward / scored:.3f}, floor {inside / scored:.3f}, "
+        f"ratio {forward / inside:.3f}; {scored} tokens scored")
 
 
-byte = tokenizers.load("byte")
-for S, B in ((512, 16), (1024, 8), (4096, 4)):
-  measure("kjv", "embedded:kjv", byte, S, B)
-  measure("python", "embedded:python", byte, S, B)
-bpe = FOLDER / "bpe.json"
-if not bpe.exists():
-  texts = [d.text for d in records.read_documents(embedded.resolve("embedded:kjv"), "train")][:300]
-  tokenizers.train_bpe(texts, 4000, bpe)
-tok = tokenizers.load(str(bpe))
-measure("kjv bpe", "embedded:kjv", tok, 4096, 4)
-# synthetic: lengths by log-normal
+def domain_of(lengths: np.ndarray) -> str:
+  """A domain whose validation documents have these numbers of bytes."""
+  folder = pathlib.Path(tempfile.mkdtemp(dir=FOLDER)) / "domain"
+  documents = [records.Document("x" * int(length), "made", str(i)) for i, length in enumerate(lengths)]
+  records.write_domain(folder, {"train": [], "test": [], "validation": documents})
+  return str(folder)
+
+
+for length, rows in ((512, 16), (1024, 8), (4096, 4)):
+  measure("kjv", "embedded:kjv", BYTE, length, rows)
+  measure("python", "embedded:python", BYTE, length, rows)
+
+texts = [document.text for document in records.read_documents(embedded.resolve("embedded:kjv"), "train")][:300]
+tokenizers.train_bpe(texts, 4000, FOLDER / "bpe.json")
+measure("kjv, BPE", "embedded:kjv", tokenizers.load(str(FOLDER / "bpe.json")), 4096, 4)
+
 rng = np.random.default_rng(0)
-for name, median, sigma, count in (
-  ("lognormal 300", 300, 1.0, 4000),
-  ("lognormal 1500", 1500, 1.2, 2000),
-  ("2300 each", 2300, 0.0, 500),
-  ("uniform to 4000", None, None, 2000),
-):
-  folder = FOLDER / name.replace(" ", "_")
-  if not folder.exists():
-    lengths = (
-      rng.integers(1, 4000, count) if median is None else np.exp(rng.normal(np.log(median), sigma, count)).astype(int) + 1
-    )
-    records.write_domain(
-      folder,
-      {"train": [], "test": [], "validation": [records.Document("x" * int(n), "d", str(i)) for i, n in enumerate(lengths)]},
-    )
-  measure(name, str(folder), byte, 4096, 16)
+for name, lengths in {
+  "log-normal about 300": np.exp(rng.normal(np.log(300), 1.0, 4000)) + 1,
+  "log-normal about 1500": np.exp(rng.normal(np.log(1500), 1.2, 2000)) + 1,
+  "2300 each": np.full(500, 2300),
+  "uniform to 4000": rng.integers(1, 4000, 2000),
+}.items():
+  measure(name, domain_of(lengths), BYTE, 4096, 16)

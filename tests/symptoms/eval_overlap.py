@@ -1,29 +1,23 @@
-"""A small model on King James: its figures, and how often the routing statistics count a scored token."""
-# ruff: noqa: E501, UP031
+"""How often the routing statistics of evaluation count a scored token, on a small model and King James.
 
+PYTHONPATH=CHECKOUT python tests/symptoms/eval_overlap.py
+"""
 
 import jax
-import time
 
 jax.config.update("jax_platforms", "cpu")
-from tests import small
-from moe import evaluate, sharding, step as step_lib, config
+
+from moe import config, evaluate, sharding, step
 from moe.data import tokenizers
+from tests import small
 
 run = small.run(batch=8, length=512, model={"vocab_size": 384})
+kjv = config.Domain(name="kjv", path="embedded:kjv")
 mesh = sharding.make_mesh(run.mesh, jax.devices()[:1])
 with jax.set_mesh(mesh):
-  params = small.params(step_lib.abstract_state(run, mesh).params)
-  begin = time.perf_counter()
-  r, _ = evaluate.evaluate_domain(
-    run,
-    mesh,
-    step_lib.jit_eval_step(run, mesh),
-    params,
-    config.Domain(name="kjv", path="embedded:kjv"),
-    tokenizers.ByteTokenizer(),
-  )
-print(
-  f"bits/byte {r['bits_per_byte']:.9f} loss {r['loss']:.9f} accuracy {r['accuracy']:.9f} tokens {r['tokens']} bytes {r['bytes']}; routing counted per scored token {r['expert_counts'].sum(-1) / 2 / r['tokens']}; "
-  f"entropy {r['router_entropy']}; {time.perf_counter() - begin:.0f} s; forward {r.get('forward_tokens')}, windows {r.get('window_tokens')}"
-)
+  params = small.params(step.abstract_state(run, mesh).params)
+  result, _ = evaluate.evaluate_domain(run, mesh, step.jit_eval_step(run, mesh), params, kjv, tokenizers.ByteTokenizer())
+
+counted = result["expert_counts"].sum(-1) / run.model.router.top_k / result["tokens"]
+print(f"{result['tokens']} tokens, {result['bits_per_byte']:.9f} bits/byte, loss {result['loss']:.9f}; "
+      f"routing counted per scored token, by layer: {counted}")

@@ -1,39 +1,31 @@
-"""Peak memory of expert choice over a micro-batch on CPU: the gate alone, value and gradient."""
-# ruff: noqa: E501, UP031
+"""Memory of expert choice over a micro-batch on CPU: the gate alone, value and gradient.
 
+PYTHONPATH=CHECKOUT python tests/symptoms/expert_choice.py [ROWS LENGTH EXPERTS TOP_K]
+"""
 
-import resource
 import sys
-import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from moe.config import Router
 from moe.routing import gates
 
-B, S, E, K = (int(a) for a in (sys.argv[1:] or (32, 512, 8, 2)))
-T = B * S
-x = jnp.asarray(np.random.default_rng(0).normal(size=(B, S, E)), jnp.float32)
-mask = jnp.ones((B, S), bool)
+rows, length, experts, top_k = (int(argument) for argument in (sys.argv[1:] or (32, 512, 8, 2)))
+tokens = rows * length
+capacity = top_k * tokens // experts
+router = Router(gate="expert_choice", allow_lookahead=True, balance_coef=0.0)
+scores = jnp.asarray(np.random.default_rng(0).normal(size=(rows, length, experts)), jnp.float32)
+mask = jnp.ones((rows, length), bool)
 
 
-def f(x):
-  return jnp.sum(
-    jnp.sin(
-      gates.expert_choice(
-        x, Router(gate="expert_choice", allow_lookahead=True, balance_coef=0.0), mask, K * T // E, "microbatch"
-      ).weights
-    )
-  )
+def loss(scores):
+  gated = gates.expert_choice(scores, router, mask, capacity, "microbatch")
+  return jnp.sum(jnp.sin(gated.weights))
 
 
-g = jax.jit(jax.value_and_grad(f)).lower(x).compile()
-m = g.memory_analysis()
-print(f"{T} tokens, {E} experts: temporaries {m.temp_size_in_bytes / 1e6:.1f} MB")
-b = time.perf_counter()
-v = g(x)
-jax.block_until_ready(v)
-print(
-  "value %.6f, gradient norm %.6f, %.2f s, peak RSS %.2f GB"
-  % (v[0], jnp.linalg.norm(v[1]), time.perf_counter() - b, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
-)
+compiled = jax.jit(jax.value_and_grad(loss)).lower(scores).compile()
+value, gradient = compiled(scores)
+print(f"{tokens} tokens, {experts} experts: {compiled.memory_analysis().temp_size_in_bytes / 1e6:.1f} MB of temporaries; "
+      f"value {value:.6f}, gradient norm {jnp.linalg.norm(gradient):.6f}")

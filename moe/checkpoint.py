@@ -164,7 +164,7 @@ class Checkpointer:
 
   def good(self, step: int) -> bool:
     """Whether every part of it was read back and found equal, by as many hosts as there were."""
-    parts = [path.name.rpartition("-of-")[2] for path in (self._folder / str(step)).glob("good.*")]
+    parts = [path.name.rpartition("-of-")[2] for path in stored.listed(self._folder / str(step), "good.*")]
     return any(parts.count(of) >= int(of) for of in parts)
 
   def poll(self) -> list[str]:
@@ -308,7 +308,7 @@ class Checkpointer:
   def _sweep(self) -> None:
     """Removes what interrupted saves left behind; runs only while no save is under way."""
     if jax.process_index() == 0:
-      for path in self._folder.glob(_TEMPORARY):
+      for path in stored.listed(self._folder, _TEMPORARY):
         shutil.rmtree(path, ignore_errors=True) if "://" not in str(path) else path.rmtree()
 
 
@@ -480,6 +480,32 @@ def restore_params(path, abstract_params: Any) -> tuple[int, Any]:
     except Exception as error:
       problems.append(f"{folder}: {_one_line(error)}")
   raise CheckpointError(f"no usable parameters in {path}: " + "; ".join(problems))
+
+
+def check_source(path, abstract_params: Any, run: config.Run) -> list[str]:
+  """Compares a run's model with the one that --init_from takes its parameters of, before anything is read.
+
+  Args:
+    path: a run directory or a step directory.
+    abstract_params: of the run.
+    run: that is to begin.
+
+  Returns:
+    A note for what differs though every array fits: the parameters then mean something else.
+
+  Raises:
+    CheckpointError: nothing there, or arrays of other shapes.
+  """
+  kept = read_run_config(path)
+  leaves = stored.Orbax(step_folders(path)[0] / "state").leaves
+  different = config.differences(_shape_config(kept), _shape_config(config.to_dict(run)), "model")
+  wanted = {"params." + leaf_name(place): leaf.shape for place, leaf in jax.tree_util.tree_leaves_with_path(abstract_params)}
+  wrong = [f"{name}: {leaves[name].shape if name in leaves else '(absent)'} -> {tuple(shape)}" for name, shape in wanted.items()
+           if name not in leaves or tuple(leaves[name].shape) != tuple(shape)]
+  if wrong:
+    raise CheckpointError(f"--init_from={path} is of a model with other arrays: " + "; ".join(different or wrong[:3]))
+  different += config.differences(kept["data"]["tokenizer"], run.data.tokenizer, "data.tokenizer")
+  return [f"the run differs from the one that --init_from takes the parameters of: {line}" for line in different]
 
 
 def step_folders(path) -> list[epath.Path]:

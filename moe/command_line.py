@@ -4,35 +4,71 @@ from __future__ import annotations
 
 import argparse
 
+from moe import config
 from moe import gin_config
 from moe.config import ConfigError
 
 SUPERVISED = "MOE_SUPERVISED"  # environment of a trainer that a supervisor started: JSON
 
-_KNOBS = """
-the main knobs (any field of moe/config.py can be set; --print_config shows all):
-  --gin.Train.steps=600                 optimizer steps
-  --gin.Data.batch_sequences=16         sequences of a step, --gin.Data.sequence_tokens=256 their length
-  --gin.Train.micro_batches=1           gradient accumulation
-  --gin.Optimizer.learning_rate=3e-3    peak; .schedule='"cosine"' or '"wsd"', .warmup_tokens, .decay_tokens
-  --gin.Experts.num_experts=8           .d_expert, .d_shared, .capacity_factor (0: dropless)
-  --gin.Router.top_k=2                  .gate='"softmax"' .balance_scope='"global"' .balance_coef .z_loss_coef .bias_update_rate
-  --gin_file=configs/router/rmoe.gin    after the run's file: another router (docs/routing.md)
-  --gin.Mesh.expert=4                   .data .fsdp .tensor; their product is the number of devices
-  --gin.Checkpoint.every_steps=200      .keep_last .keep_every_steps
-  --gin.Snapshot.every_steps=10         with --supervise: .group_hosts .parity_hosts (docs/faults.md)
-"""
+_KNOBS = {  # for --help, by what they change
+    "length and batch": (
+        "Train.steps", "Data.batch_sequences", "Data.sequence_tokens", "Train.micro_batches", "Train.seed"),
+    "optimizer": (
+        "Optimizer.learning_rate", "Optimizer.schedule", "Optimizer.warmup_tokens", "Optimizer.decay_tokens",
+        "Optimizer.weight_decay"),
+    "model": ("Model.num_layers", "Model.d_model", "Attention.num_heads", "Model.compute_dtype", "Model.remat"),
+    "experts": (
+        "Experts.num_experts", "Experts.d_expert", "Experts.d_shared", "Experts.capacity_factor"),
+    "router": (
+        "Router.gate", "Router.top_k", "Router.balance_scope", "Router.balance_coef", "Router.z_loss_coef",
+        "Router.bias_update_rate"),
+    "mesh (the product is the number of devices)": ("Mesh.data", "Mesh.fsdp", "Mesh.expert", "Mesh.context", "Mesh.tensor"),
+    "evaluation, checkpoints, snapshots": (
+        "Train.eval_every_steps", "Train.eval_batches", "Train.final_eval_batches", "Checkpoint.every_steps",
+        "Checkpoint.keep_last", "Snapshot.every_steps"),
+}
+_ROLES = {"Attention": "model", "Experts": "model", "Router": "model"}  # where a Run has what is not its own field
+
+
+def knobs() -> str:
+  """The main fields with their values in the quickstart, which is what runs without --gin_file.
+
+  Raises:
+    ConfigError: the shipped quickstart is damaged.
+  """
+  run = gin_config.resolve([gin_config.QUICKSTART]).run
+  lines = ["the main knobs, with the values of configs/run/quickstart.gin, the default of --gin_file:"]
+  for title, names in _KNOBS.items():
+    lines.append(f"  {title}")
+    for name in names:
+      owner, field = name.split(".")
+      holder = getattr(run, _ROLES[owner]) if owner in _ROLES else run
+      value = getattr(getattr(holder, owner.lower()), field)
+      shown = f"'\"{value}\"'" if isinstance(value, str) else value
+      meaning = config.meanings().get(name, "")
+      lines.append(f"    {f'--gin.{name}={shown}':42s}" + (f"  {meaning}" if meaning else ""))
+  lines += ["  another router (docs/routing.md), after the run's file", "    --gin_file=configs/router/rmoe.gin",
+            "every field with type, default and meaning: python -m tools.config list; as resolved here: --print_config"]
+  return "\n".join(lines)
+
+
+class _Parser(argparse.ArgumentParser):
+  """Looks up the values of the knobs when --help asks for them."""
+
+  def format_help(self) -> str:
+    self.epilog = knobs()
+    return super().format_help()
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   """(the flags, what is left: the `--gin.X=v` bindings)."""
-  parser = argparse.ArgumentParser(prog="python -m moe.train", epilog=_KNOBS, allow_abbrev=False,
-                                   description="Trains a run: --gin_file=configs/run/x.gin --gin.Train.steps=100 --run_dir=...",
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = _Parser(prog="python -m moe.train", allow_abbrev=False,
+                   description="Trains a run: --gin_file=configs/run/x.gin --gin.Train.steps=100 --run_dir=...",
+                   formatter_class=argparse.RawDescriptionHelpFormatter)
   gin_config.add_arguments(parser)
   parser.add_argument("--run_dir", help="where the run is kept (default: runs/<date-time>)")
   parser.add_argument("--resume", choices=("auto", "never", "must"), default="auto",
-                      help="from the newest checkpoint of --run_dir: if there is one, never, or it must be there")
+                      help="from the newest checkpoint of --run_dir: if there is one (default), never, or it must be there")
   parser.add_argument("--init_from", metavar="PATH", help="run or checkpoint to take the parameters from, nothing else")
   parser.add_argument("--profile_steps", metavar="A:B", help="trace steps A to B with jax.profiler into <run_dir>/profile")
   parser.add_argument("--multihost", nargs="?", const="auto", metavar="ADDRESS:PORT,HOSTS,INDEX",
@@ -44,8 +80,19 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
                       help="mutual TLS between the hosts of --multihost (jax >= 0.12)")
   parser.add_argument("--print_config", action="store_true", help="print the resolved config and stop")
   parser.add_argument("--dry_run", action="store_true", help="check config, mesh and data, print the sizes, and stop")
+  parser.add_argument("--again", action="store_true", help="evaluate and report a run again that is finished")
   parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
   return parser.parse_known_args(argv)
+
+
+def profile_window(text: str | None) -> tuple[int, int] | None:
+  """The first and last step of --profile_steps; None without it."""
+  if text is None:
+    return None
+  begin, _, end = text.partition(":")
+  if not (begin.isdigit() and end.isdigit() and int(begin) < int(end)):
+    raise ConfigError(f"--profile_steps={text} is not A:B with A < B, such as 10:13")
+  return int(begin), int(end)
 
 
 def tls(text: str | None) -> list[str]:

@@ -6,8 +6,14 @@ Units are in the names: `_tokens`, `_steps`, `_sequences`, `_bytes`. A value tha
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import difflib
+import inspect
+import io
 import math
+import sys
+import tokenize
 import typing
 from typing import Any
 
@@ -30,8 +36,12 @@ class _Checked:
       wanted = typing.get_origin(hint) or hint
       accepted = (int, float) if wanted is float else wanted
       if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
-        raise ConfigError(f"{type(self).__name__}.{field.name} = {value!r} is a {type(value).__name__}, "
-                          f"not a {wanted.__name__}")
+        raise ConfigError(f"{type(self).__name__}.{field.name} = {value!r} is {_a(type(value).__name__)}, "
+                          f"not {_a(wanted.__name__)}")
+      for item in value if wanted is tuple else ():
+        kind = typing.get_args(hint)[0]
+        if not isinstance(item, kind):
+          raise ConfigError(f"{type(self).__name__}.{field.name} holds {_a(type(item).__name__)}; each is {_a(kind.__name__)}")
       if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{type(self).__name__}.{field.name} = {value!r} is not finite")
     self.check()
@@ -40,10 +50,22 @@ class _Checked:
     """Raises ConfigError where the values do not go together."""
 
 
+def _a(noun: str) -> str:
+  return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def did_you_mean(name: str, candidates: typing.Iterable[str], cutoff: float = 0.6) -> str:
+  """`; did you mean 'X'?` for the candidate that is most like `name`, whatever its case and its `-` or `_`; else empty."""
+  plain = {candidate.lower().replace("-", "_"): candidate for candidate in candidates}
+  near = difflib.get_close_matches(name.lower().replace("-", "_"), list(plain), n=1, cutoff=cutoff)
+  return f"; did you mean {plain[near[0]]!r}?" if near else ""
+
+
 def _one_of(owner: Any, name: str, choices: tuple[str, ...]) -> None:
   value = getattr(owner, name)
   if value not in choices:
-    raise ConfigError(f"{type(owner).__name__}.{name} = {value!r} is not one of {', '.join(map(repr, choices))}")
+    raise ConfigError(f"{type(owner).__name__}.{name} = {value!r} is not one of {', '.join(map(repr, choices))}"
+                      + did_you_mean(value, choices, cutoff=0.5))  # of a few short words: bf16 is bfloat16
 
 
 def _at_least(owner: Any, bound: float, *names: str) -> None:
@@ -98,9 +120,11 @@ class Attention(_Checked):
     if self.kind == "mla":
       _at_least(self, 1, "kv_lora_rank", "rope_head_dim", "v_head_dim")
       if self.qk_norm != "none" or self.qkv_bias:
-        raise ConfigError("Attention: mla takes neither qk_norm nor qkv_bias; leave both off")
+        raise ConfigError(f"Attention.kind = 'mla' takes neither qk_norm = {self.qk_norm!r} nor qkv_bias = {self.qkv_bias}; "
+                          "leave both off")
     if self.rotary_dim % 2:
-      raise ConfigError(f"Attention: rotary positions need an even width, got {self.rotary_dim}")
+      raise ConfigError(f"Attention.{'rope_' if self.kind == 'mla' else ''}head_dim: rotary positions need an even width, got "
+                        f"{self.rotary_dim}")
 
   @property
   def kv_heads(self) -> int:
@@ -154,7 +178,7 @@ class PreGate(_Checked):
     _at_least(self, 0, "d_model", "d_ff")
     _at_least(self, 1, "num_heads")
     if self.d_model and (self.d_ff < 1 or self.d_model % (2 * self.num_heads)):
-      raise ConfigError(f"PreGate: d_model = {self.d_model} needs a d_ff > 0 (it is {self.d_ff}) and heads of even width "
+      raise ConfigError(f"PreGate.d_model = {self.d_model} needs a d_ff > 0 (it is {self.d_ff}) and heads of even width "
                         f"(num_heads = {self.num_heads})")
 
 
@@ -183,8 +207,8 @@ class Router(_Checked):
   allow_lookahead: bool = False  # expert_choice and soft see later tokens; for models that are not causal
   recurrent: Recurrent = Recurrent()
   pre_gate: PreGate = PreGate()
-  balance_scope: str = "global"
-  balance_coef: float = 0.01
+  balance_scope: str = "global"  # sequence | microbatch | shuffle | global | step | step_buffer
+  balance_coef: float = 0.01  # of the balance loss, a mean over the layers
   micro_mix: float = 0.0  # adds this much of the microbatch loss to the one of the scope (the paper: 0.01)
   bias_update_rate: float = 0.0  # > 0: balance by a selection bias, moved by this much a step (arXiv 2408.15664)
   z_loss_coef: float = 0.001
@@ -202,8 +226,8 @@ class Router(_Checked):
     if self.gate in LOOKAHEAD_GATES:
       self._check_lookahead()
     if self.pre_gate.d_model and self.recurrent.cell != "none":
-      raise ConfigError(f"Router: a pre-gate decides once for all layers, so there is nothing for a recurrent cell "
-                        f"({self.recurrent.cell!r}) to carry; choose one of them")
+      raise ConfigError(f"PreGate.d_model = {self.pre_gate.d_model}: a pre-gate decides once for all layers, so there is "
+                        f"nothing for Recurrent.cell = {self.recurrent.cell!r} to carry; choose one of them")
 
   def _check_lookahead(self):
     gate = f"Router.gate = {self.gate!r}"
@@ -317,14 +341,23 @@ class Model(_Checked):
       raise ConfigError(f"Router.top_k = {self.router.top_k} exceeds the {reachable} experts of "
                         f"top_groups = {self.router.top_groups} groups")
     if (self.num_layers - self.num_dense_layers) % self.moe_every or self.num_dense_layers >= self.num_layers:
-      raise ConfigError(f"Model: {self.num_layers} layers less {self.num_dense_layers} dense ones must be a positive "
-                        f"multiple of moe_every = {self.moe_every}")
+      raise ConfigError(f"Model.num_layers = {self.num_layers} less num_dense_layers = {self.num_dense_layers} must be a "
+                        f"positive multiple of moe_every = {self.moe_every}")
     if not self.d_ff and (self.num_dense_layers or self.moe_every > 1):
       raise ConfigError("Model.d_ff must be set where there are dense layers")
 
   @property
   def num_moe_layers(self) -> int:
     return (self.num_layers - self.num_dense_layers) // self.moe_every
+
+  def moe_layer_number(self, ordinal: int) -> int:
+    """The model's own number, from 0 and with dense layers counted, of a layer that is the ordinal-th, from 0, with experts."""
+    return self.num_dense_layers + (ordinal + 1) * self.moe_every - 1
+
+  def moe_layer_name(self, ordinal: int) -> str:
+    """`layer 3 (MoE layer 1 of 58)`; where every layer has experts `layer 0`."""
+    number = self.moe_layer_number(ordinal)
+    return f"layer {number}" + (f" (MoE layer {ordinal + 1} of {self.num_moe_layers})" if number != ordinal else "")
 
   @property
   def num_routers(self) -> int:
@@ -361,13 +394,13 @@ class Mesh(_Checked):
   over expert, heads and hidden widths over tensor (moe/sharding.py).
   """
 
-  slice: int = 1
+  slice: int = 1  # pods joined by the data-centre network
   stage: int = 1
-  data: int = 1
-  fsdp: int = 1
-  expert: int = 1
-  context: int = 1
-  tensor: int = 1
+  data: int = 1  # copies of the parameters
+  fsdp: int = 1  # parameters and optimizer split, gathered layer by layer
+  expert: int = 1  # experts split
+  context: int = 1  # sequences split
+  tensor: int = 1  # heads and hidden widths split
 
   def check(self):
     sizes = dataclasses.asdict(self)
@@ -387,7 +420,7 @@ class Domain(_Checked):
 
   def check(self):
     if not self.weight > 0:
-      raise ConfigError(f"Domain {self.name!r}: weight = {self.weight} must be positive; leave the domain out instead")
+      raise ConfigError(f"Domain.weight = {self.weight} of {self.name!r} must be positive; leave the domain out instead")
 
 
 @_dataclass
@@ -396,8 +429,9 @@ class Data(_Checked):
 
   domains: tuple[Domain, ...]
   batch_sequences: int  # of one optimizer step, over all hosts
-  sequence_tokens: int
+  sequence_tokens: int  # of a row
   tokenizer: str = "byte"  # byte (ByT5 ids), or the path of a Hugging Face tokenizer.json
+  bos: str = ""  # token before a document's first; empty: as the tokenizer's own config says, else its end-of-document token
   packing: str = "concat"  # concat (then split) | best_fit
   virtual_shards: int = 0  # streams of rows, each with packers of its own; 0: as many as the first batch has rows
 
@@ -415,13 +449,13 @@ class Data(_Checked):
 class Optimizer(_Checked):
   """AdamW with a schedule in tokens, a global-norm clip and a guard that skips bad steps."""
 
-  learning_rate: float = 3e-4
+  learning_rate: float = 3e-4  # at the peak
   beta1: float = 0.9
   beta2: float = 0.95
   weight_decay: float = 0.1  # on matrices only: norms, biases and 1-d leaves are exempt
   clip_norm: float = 1.0
   schedule: str = "cosine"  # cosine | wsd (constant, then linear decay over the last decay_tokens)
-  warmup_tokens: int = 0
+  warmup_tokens: int = 0  # of the linear rise from 0
   decay_tokens: int = 0  # wsd only
   final_fraction: float = 0.1  # of the peak, at the last step
   zero1: bool = False  # ZeRO-1: moments are split over data-parallel copies of the parameters, too
@@ -447,7 +481,7 @@ class Optimizer(_Checked):
 @_dataclass
 class Checkpoint(_Checked):
   every_steps: int = 1000  # 0: only at the end and on SIGTERM
-  keep_last: int = 2
+  keep_last: int = 2  # newest checkpoints that stay
   keep_every_steps: int = 0  # besides the last ones, keep multiples of this; 0: none
 
   def check(self):
@@ -483,19 +517,29 @@ class Snapshot(_Checked):
 
 
 @_dataclass
+class Observers(_Checked):
+  """Who is told of the run besides its own records; none of them can stop or delay it (docs/observers.md)."""
+
+  tensorboard: bool = True  # event files in the run directory
+  wandb: str = ""  # Weights & Biases: the project; empty: none
+  mlflow: str = ""  # MLflow: the address of its server; empty: none
+
+
+@_dataclass
 class Train(_Checked):
-  steps: int
+  steps: int  # of the optimizer
   micro_batches: int = 1  # gradient accumulation: the batch of a step goes through the model in this many parts
   seed: int = 0  # of the parameters, the dropout and the order of the data
   logit_z_loss_coef: float = 0.0
   offload_collectives: bool = True  # TPU with SparseCores: collectives run there, beside the matmuls (hardware.py)
   log_every_steps: int = 10
   eval_every_steps: int = 0  # 0: only at the end
-  eval_batches: int = 8  # for each domain at those times; the end scores every byte
+  eval_batches: int = 8  # for each domain at those times
+  final_eval_batches: int = 0  # the same at the end; 0: every byte of the split
 
   def check(self):
-    _at_least(self, 1, "steps", "micro_batches", "log_every_steps")
-    _at_least(self, 0, "eval_every_steps", "logit_z_loss_coef")
+    _at_least(self, 1, "steps", "micro_batches", "log_every_steps", "eval_batches")
+    _at_least(self, 0, "eval_every_steps", "final_eval_batches", "logit_z_loss_coef")
 
 
 @_dataclass
@@ -509,6 +553,7 @@ class Run(_Checked):
   mesh: Mesh = Mesh()
   checkpoint: Checkpoint = Checkpoint()
   snapshot: Snapshot = Snapshot()
+  observers: Observers = Observers()
 
   def check(self):
     if self.data.batch_sequences % self.train.micro_batches:
@@ -518,6 +563,29 @@ class Run(_Checked):
   @property
   def tokens_per_step(self) -> int:
     return self.data.batch_sequences * self.data.sequence_tokens
+
+  @property
+  def cautions(self) -> list[str]:
+    """What works but is rarely meant. No errors: a trial of a few steps keeps the schedule of the whole run."""
+    o, tokens = self.optimizer, self.train.steps * self.tokens_per_step
+    run = f"the run's {tokens:,} tokens (Train.steps = {self.train.steps:,} of {self.tokens_per_step:,})"
+    if o.warmup_tokens >= tokens:
+      return [f"Optimizer.warmup_tokens = {o.warmup_tokens:,} is not below {run}: the learning rate rises to "
+              f"{tokens / o.warmup_tokens:.0%} of its peak at most, and the warm-up never ends"]
+    if o.schedule == "wsd" and o.warmup_tokens + o.decay_tokens > tokens:
+      return [f"Optimizer.warmup_tokens = {o.warmup_tokens:,} and decay_tokens = {o.decay_tokens:,} are together more than "
+              f"{run}: the learning rate decays while it still warms up, and never comes to its peak"]
+    return []
+
+
+def meanings() -> dict[str, str]:
+  """`Router.top_k` -> its comment in this file, for every field of every class; empty where it has none."""
+  text = inspect.getsource(sys.modules[__name__])
+  comments = {token.start[0]: token.string.lstrip("# ") for token in tokenize.generate_tokens(io.StringIO(text).readline)
+              if token.type == tokenize.COMMENT}
+  return {f"{node.name}.{line.target.id}": comments.get(line.end_lineno, "")
+          for node in ast.parse(text).body if isinstance(node, ast.ClassDef)
+          for line in node.body if isinstance(line, ast.AnnAssign)}
 
 
 def to_dict(config: Any) -> dict:

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import lzma
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,7 +26,8 @@ _LARGEST_TEXT_BYTES = 8 << 20  # xz -9e takes a second a megabyte
 
 
 def evaluate_domain(run: config.Run, mesh, eval_step, params, domain: config.Domain, tokenizer: Tokenizer,
-                    split: str = "validation", limit_batches: int | None = None) -> tuple[dict[str, Any], list]:
+                    split: str = "validation", limit_batches: int | None = None,
+                    stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, Any], list] | None:
   """Scores a domain's split. Collective: every host calls it, and reads the same batches.
 
   Args:
@@ -37,8 +39,10 @@ def evaluate_domain(run: config.Run, mesh, eval_step, params, domain: config.Dom
     tokenizer: of the run.
     split: which split.
     limit_batches: stop after the rows of this many micro-batches of training; None: every byte.
+    stop: asked after each batch, on all hosts with the same answer: whether to leave off.
 
   Returns:
+    None where it was left off; else
     (bits_per_byte (nll of all tokens and document ends, over the bytes of the text), loss (nats a token), accuracy,
     tokens (scored), bytes, forward_tokens (that the model was run on, padding too), window_tokens (of the documents'
     windows: the fewest that forward_tokens could be), expert_counts [L, E], router_entropy (nats), top_k_weight and router_z
@@ -68,6 +72,8 @@ def evaluate_domain(run: config.Run, mesh, eval_step, params, domain: config.Dom
     text_bytes += size
     forward_tokens += window.inputs.size
     window_tokens += int(np.count_nonzero(window.segment_ids))
+    if stop():
+      return None
   if first is None:
     raise records.DataError(f"domain {domain.name!r} has no {split} documents")
   # The device still works on the batches above, meanwhile.

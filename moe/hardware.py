@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import os
 import pathlib
 import platform
 import re
 import sys
+import tempfile
 import time
 from typing import NamedTuple
 
@@ -165,16 +167,30 @@ def use_huge_pages() -> None:
 
 
 def cache_folder() -> pathlib.Path:
-  """What may be made again: $MOE_CACHE, else ~/.cache/moe."""
-  return pathlib.Path(os.environ.get("MOE_CACHE") or pathlib.Path.home() / ".cache" / "moe")
+  """What may be made again: $MOE_CACHE, else ~/.cache/moe; without a home, a folder of this user among the temporary ones."""
+  if "MOE_CACHE" in os.environ:
+    return pathlib.Path(os.environ["MOE_CACHE"]).expanduser()
+  try:
+    return pathlib.Path.home() / ".cache" / "moe"
+  except RuntimeError:  # no HOME, and nobody of this number among the users
+    return pathlib.Path(tempfile.gettempdir()) / f"moe-{os.getuid()}"
 
 
-def use_compile_cache() -> None:
-  """Keeps compiled programs in $MOE_COMPILE_CACHE, else in xla/ of the cache folder."""
+def use_compile_cache() -> str | None:
+  """Keeps compiled programs in $MOE_COMPILE_CACHE, else in xla/ of the cache folder; returns what to say where it cannot."""
   import jax
 
-  jax.config.update("jax_compilation_cache_dir", os.environ.get("MOE_COMPILE_CACHE", str(cache_folder() / "xla")))
+  folder = pathlib.Path(os.environ.get("MOE_COMPILE_CACHE", cache_folder() / "xla")).expanduser()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+  except OSError as error:
+    return (f"compiled programs are not kept: {folder} cannot be written ({error.strerror}); set MOE_CACHE to a folder that "
+            "can, and the next start compiles less")
+  jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+  return None
 
 
 def process_start() -> float:

@@ -184,6 +184,8 @@ class AsOurs:
   kind = "orbax"
 
   def __init__(self, source: stored.Source, m: config.Model, family: Family, dtype: str | None = None):
+    if any(name.endswith(_FUSED) for name in source.leaves):
+      source = _Separated(source, m, family)
     self._source, self._dtype, self._sizes = source, dtype, axis_sizes(m)
     self._places = {place.leaf: place for place in sorted(places(m, family))}
     self.leaves, used = {}, set()
@@ -195,6 +197,17 @@ class AsOurs:
     if unknown:
       raise InteropError(f"{len(unknown)} tensors have no place in a {family.model_type} model of this config: "
                          + ", ".join(unknown[:4]))
+    if m.tie_embeddings and _HEAD.name in source.leaves:
+      self._check_tied()
+
+  def _check_tied(self) -> None:
+    """A file may hold the head of a tied model as well; another head would be lost without a word."""
+    for begin, block in stored.blocks(self._source, _HEAD.name):
+      end = tuple(b + n for b, n in zip(begin, block.shape))
+      if self._source.leaves[_HEAD.name].shape != self._source.leaves[_EMBEDDING.name].shape or not np.array_equal(
+          block, self._source.read(_EMBEDDING.name, begin, end)):
+        raise InteropError(f"tie_word_embeddings = true, but {_HEAD.name} is not {_EMBEDDING.name}: the model was trained with "
+                           "a head of its own; set tie_word_embeddings to false in config.json")
 
   def _leaf(self, place: _Place, used: set[str]) -> stored.Leaf:
     part, sizes = place.part, self._sizes
@@ -203,7 +216,7 @@ class AsOurs:
       name = _their_name(place, at)
       found = self._source.leaves.get(name)
       if found is None:
-        raise InteropError(f"{name} is missing")
+        raise InteropError(_missing(name, self._source))
       if found.shape != want:
         raise InteropError(f"{name} has shape {found.shape}, the config makes it {want}")
       used.add(name)
@@ -221,6 +234,51 @@ class AsOurs:
       tensor = stored.whole(self._source, _their_name(place, tuple(b + i for b, i in zip(begin, at))))
       out[at] = _to_ours(place.part, tensor, self._sizes)[inner]
     return out
+
+
+_FUSED = (".experts.gate_up_proj", ".experts.down_proj")
+
+
+class _Separated:
+  """Experts as transformers 5 holds them, stacked (gate_up_proj [E, 2F, D], down_proj [E, D, F]), shown one by one."""
+
+  def __init__(self, source: stored.Source, m: config.Model, family: Family):
+    self.kind, self._source = source.kind, source
+    self._where: dict[str, tuple[str, int, int]] = {}  # the stacked tensor, the expert, its first row
+    self.leaves = {}
+    e, f, d = m.experts.num_experts, m.experts.d_expert, m.d_model
+    for name, leaf in source.leaves.items():
+      ours = name.replace(".mlp.", f".{family.block}.") if family.block != "mlp" else name  # Mixtral's block has a new name
+      if not name.endswith(_FUSED):
+        self.leaves[ours], self._where[ours] = leaf._replace(name=ours), (name, -1, 0)
+        continue
+      stack = ours.rpartition(".")[0]
+      gate_up = name.endswith("gate_up_proj")
+      want = (e, 2 * f, d) if gate_up else (e, d, f)
+      if leaf.shape != want:
+        raise InteropError(f"{name} has shape {leaf.shape}, the config makes it {want}")
+      for expert in range(e):
+        for row, part in ((0, family.gate), (f, family.up)) if gate_up else ((0, family.down),):
+          one = f"{stack}.{expert}.{part}.weight"
+          shape = (f, d) if gate_up else (d, f)
+          self.leaves[one], self._where[one] = stored.Leaf(one, shape, leaf.dtype, (1, *shape[1:])), (name, expert, row)
+
+  def read(self, name, begin, end):
+    stack, expert, row = self._where[name]
+    if expert < 0:
+      return self._source.read(stack, begin, end)
+    return self._source.read(stack, (expert, begin[0] + row, begin[1]), (expert + 1, end[0] + row, end[1]))[0]
+
+
+def _missing(name: str, source: stored.Source) -> str:
+  """What to say of a tensor that is not there."""
+  if name == _HEAD.name:
+    return f"{name} is missing; where the embedding is the head, set tie_word_embeddings to true in config.json"
+  longer = next((other for other in source.leaves if other.endswith("." + name)), None)
+  shorter = name.removeprefix("model.")
+  if longer or shorter in source.leaves:
+    return f"{name} is missing, {longer or shorter} is there: save the whole causal language model, by its own names"
+  return f"{name} is missing"
 
 
 class AsTheirs:
@@ -327,7 +385,7 @@ _COMMON = (
 _HEADS = (
     Key("num_key_value_heads", "attention.num_kv_heads", None, lambda v, c: v or c["num_attention_heads"]),
     Key("head_dim", "attention.head_dim", None, lambda v, c: v or c["hidden_size"] // c["num_attention_heads"]),
-    Fixed("attention.kind", "gqa"), Fixed("attention.rope.interleaved", False), Fixed("attention.rope.yarn_factor", 1.0))
+    Fixed("attention.kind", "gqa"), Fixed("attention.rope.interleaved", False))
 _SOFTMAX = (Fixed("router.gate", "softmax"), Fixed("router.weight_scale", 1.0), Fixed("router.num_groups", 1),
             Fixed("router.top_groups", 1), Fixed("router.bias_update_rate", 0.0))
 _ALL_SPARSE = (Fixed("num_dense_layers", 0), Fixed("moe_every", 1), Fixed("d_ff", 0))
@@ -423,13 +481,16 @@ def read_config(given: dict) -> config.Model:
   family = family_of(given)
   if given.get("quantization_config"):
     raise InteropError("quantization_config: quantised weights are not read; give a checkpoint in bfloat16 or float32")
+  kinds = set(given.get("layer_types") or ()) - {"full_attention"}
+  if kinds and not (kinds == {"sliding_attention"} == set(given["layer_types"]) and given.get("sliding_window")):
+    raise InteropError(f"layer_types: {', '.join(sorted(kinds))} in some layers; here all layers attend in one way")
   fixed = {key.ours: key.value for key in family.keys if isinstance(key, Fixed)}
   flat = dict(fixed)
   for key in family.keys:
-    if isinstance(key, Only) and given.get(key.theirs, key.values[0]) not in key.values:
+    if isinstance(key, Only) and _said(given, key.theirs, key.values[0]) not in key.values:
       raise InteropError(f"{family.model_type}: {key.theirs} = {given[key.theirs]!r} is not supported, only {key.values[0]!r}")
     if isinstance(key, Key):
-      value = given.get(key.theirs, key.default)
+      value = _said(given, key.theirs, key.default)
       if value is ...:
         raise InteropError(f"config.json lacks {key.theirs}")
       value = key.read(value, given)
@@ -442,29 +503,111 @@ def read_config(given: dict) -> config.Model:
   return _model(flat)
 
 
+def _said(given: dict, key: str, absent: Any) -> Any:
+  """The value of a key; null is false where a flag is meant, as transformers reads it."""
+  value = given.get(key, absent)
+  return False if value is None and isinstance(absent, bool) else value
+
+
 def _read_rope(given: dict, kind: str) -> dict[str, Any]:
-  rope = given.get("rope_parameters") or {}
-  scaling = rope if rope.get("rope_type", "default") != "default" else given.get("rope_scaling") or {}
+  """Positions, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4) -> fields of config.Rope."""
+  rope, scaling = given.get("rope_parameters") or {}, given.get("rope_scaling") or {}
+  for key, value in (("rope_parameters", rope), ("rope_scaling", scaling)):
+    if not isinstance(value, dict) or any(isinstance(part, dict) for part in value.values()):
+      raise InteropError(f"{key} = {value!r}: one object must describe the positions of all layers")
   absent = _ABSENT[given["model_type"]].get("rope_theta", 1e4)
-  found = {"theta": float(rope.get("rope_theta") or given.get("rope_theta") or absent)}
-  if (scaling.get("rope_type") or scaling.get("type") or "default") == "default":
-    return found
-  name = scaling.get("rope_type") or scaling.get("type")
-  if name != "yarn" or kind != "mla":
-    raise InteropError(f"rope_scaling of type {name!r} is not supported here, only 'yarn' of DeepSeek")
-  for key, value in (("beta_fast", 32), ("beta_slow", 1)):
-    if scaling.get(key, value) != value:
-      raise InteropError(f"rope_scaling: {key} = {scaling[key]} is not supported, only {value}")
-  found |= {"yarn_factor": float(scaling["factor"]), "yarn_original_tokens": int(
-      scaling.get("original_max_position_embeddings") or given["max_position_embeddings"]),
-            "yarn_mscale": float(scaling.get("mscale") or 1.0), "yarn_mscale_all": float(scaling.get("mscale_all_dim") or 0.0)}
-  if found["yarn_mscale_all"] == 0 and found["yarn_mscale"] != 1:
-    raise InteropError(f"rope_scaling: mscale = {found['yarn_mscale']} without mscale_all_dim is not supported")
+  theta = float(rope.get("rope_theta") or scaling.get("rope_theta") or given.get("rope_theta") or absent)
+  if _rope_type(rope) != "default":
+    scaling = rope
+  for place in (given, rope, scaling):
+    if place.get("partial_rotary_factor", 1) not in (1, None):
+      raise InteropError(f"partial_rotary_factor = {place['partial_rotary_factor']}: here all of a head is turned")
+  name = _rope_type(scaling)
+  if name in ("default", "dynamic") or (name == "linear" and scaling.get("factor") == 1):
+    return {"theta": theta}  # dynamic: the same up to max_position_embeddings, see `notes`
+  if name != "yarn":
+    factor = f" with factor {scaling['factor']}" if "factor" in scaling else ""
+    raise InteropError(f"rope type {name!r}{factor}: positions here are plain or stretched by YaRN (Rope.yarn_factor), and "
+                       f"there is no {name!r} stretch of them")
+  return {"theta": theta, **_read_yarn(scaling, given, kind)}
+
+
+def _rope_type(scaling: dict) -> str:
+  return scaling.get("rope_type") or scaling.get("type") or "default"
+
+
+_YARN_KEYS = ("type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "mscale", "mscale_all_dim",
+              "attention_factor", "beta_fast", "beta_slow", "truncate", "partial_rotary_factor")
+
+
+def _read_yarn(scaling: dict, given: dict, kind: str) -> dict[str, Any]:
+  """YaRN's factor and what it multiplies cos and sin by.
+
+  transformers multiplies them by attention_factor, else by the ratio of the corrections of mscale and mscale_all_dim, else
+  by the correction of 1; only MLA scales the attention logits by mscale_all_dim too. A factor of grouped queries is therefore
+  one number, which is kept as the yarn_mscale that gives it.
+  """
+  for key in scaling:
+    if key not in _YARN_KEYS:
+      raise InteropError(f"rope_scaling: {key} = {scaling[key]!r} is none of YaRN's keys in transformers, which ignores it; "
+                         "take it out, or say what it means by one of them (attention_factor)")
+  for key, value in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
+    if scaling.get(key, value) not in (value, None):
+      raise InteropError(f"rope_scaling: {key} = {scaling[key]} is not there, YaRN here has {value}")
+  original = scaling.get("original_max_position_embeddings") or given.get("max_position_embeddings")
+  if not original:
+    raise InteropError("rope_scaling: YaRN needs original_max_position_embeddings, or max_position_embeddings beside it")
+  factor = scaling.get("factor") or given.get("max_position_embeddings", original) / original
+  mscale, over = scaling.get("mscale"), scaling.get("mscale_all_dim")
+  if mscale not in (None, 1) and not over:
+    raise InteropError(f"rope_scaling: mscale = {mscale} without mscale_all_dim is read in two ways by transformers and by "
+                       "DeepSeek's own code; give attention_factor instead")
+  found = {"yarn_factor": float(factor), "yarn_original_tokens": int(original), "yarn_mscale": 1.0, "yarn_mscale_all": 0.0}
+  ratio = _correction(factor, mscale) / _correction(factor, over) if mscale and over else None
+  wanted = scaling.get("attention_factor")
+  if kind == "mla" and over:
+    if wanted is not None and not math.isclose(wanted, ratio or 1.0, rel_tol=1e-6):
+      raise InteropError(f"rope_scaling: attention_factor = {wanted} beside mscale = {mscale} and mscale_all_dim = {over}, "
+                         f"which make it {ratio}; leave out one")
+    return found | {"yarn_mscale": float(mscale or 1.0), "yarn_mscale_all": float(over)}
+  wanted = ratio if wanted is None else wanted
+  if wanted is not None and not math.isclose(wanted, _correction(factor, 1.0), rel_tol=1e-9):
+    if factor <= 1:
+      raise InteropError(f"rope_scaling: attention_factor = {wanted} without a stretch (factor = {factor})")
+    found["yarn_mscale"] = (wanted - 1) / (0.1 * math.log(factor))
   return found
 
 
-def write_config(m: config.Model, family: Family, *, max_positions: int, eos: int | None = None,
-                 dtype: str = "float32") -> dict:
+def _correction(factor: float, mscale: float) -> float:
+  """What YaRN multiplies by (arXiv 2309.00071, section 3.4)."""
+  return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _write_rope(rope: config.Rope) -> dict[str, Any]:
+  """Both forms of the keys that `_read_rope` reads."""
+  if rope.yarn_factor == 1:
+    return {"rope_theta": rope.theta, "rope_scaling": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": rope.theta}}
+  scaling = {"rope_type": "yarn", "rope_theta": rope.theta, "factor": rope.yarn_factor,
+             "original_max_position_embeddings": rope.yarn_original_tokens, "beta_fast": 32, "beta_slow": 1}
+  if rope.yarn_mscale_all:
+    scaling |= {"mscale": rope.yarn_mscale, "mscale_all_dim": rope.yarn_mscale_all}
+  elif rope.yarn_mscale != 1:
+    scaling["attention_factor"] = _correction(rope.yarn_factor, rope.yarn_mscale)
+  return {"rope_theta": rope.theta, "rope_scaling": {"type": "yarn", **scaling}, "rope_parameters": scaling}
+
+
+def notes(given: dict) -> list[str]:
+  """What transformers would do with a config.json that we read, and this model does not."""
+  scaling = given.get("rope_parameters") or given.get("rope_scaling") or {}
+  if _rope_type(scaling) != "dynamic":
+    return []
+  return [f"rope type 'dynamic': the same up to max_position_embeddings = {given.get('max_position_embeddings')} tokens; "
+          "beyond them transformers stretches the positions and this model does not"]
+
+
+def write_config(m: config.Model, family: Family, *, max_positions: int, bos: int | None = None,
+                 eos: int | list[int] | None = None, pad: int | None = None, dtype: str = "float32") -> dict:
   """Our model -> config.json for transformers 4 and 5.
 
   Raises:
@@ -477,16 +620,9 @@ def write_config(m: config.Model, family: Family, *, max_positions: int, eos: in
       made[key.theirs] = key.values[0]
     elif isinstance(key, Key):
       made[key.theirs] = key.write(flat[key.ours], flat)
-  rope = m.attention.rope
-  scaling = {"factor": rope.yarn_factor, "original_max_position_embeddings": rope.yarn_original_tokens,
-             "mscale": rope.yarn_mscale, "mscale_all_dim": rope.yarn_mscale_all, "beta_fast": 32, "beta_slow": 1}
-  yarn = rope.yarn_factor != 1
-  made |= {"rope_theta": rope.theta, "rope_scaling": {"type": "yarn", "rope_type": "yarn", "rope_theta": rope.theta, **scaling}
-           if yarn else None,
-           "rope_parameters": {"rope_type": "yarn" if yarn else "default", "rope_theta": rope.theta,
-                               **(scaling if yarn else {})},
-           "max_position_embeddings": max_positions, "use_cache": True, "initializer_range": m.init_std.weight,
-           "bos_token_id": eos, "eos_token_id": eos, "pad_token_id": None, "torch_dtype": dtype, "dtype": dtype}
+  made |= _write_rope(m.attention.rope)
+  made |= {"max_position_embeddings": max_positions, "use_cache": True, "initializer_range": m.init_std.weight,
+           "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad, "torch_dtype": dtype, "dtype": dtype}
   if family.model_type == "qwen3_moe":
     made["num_local_experts"] = made["num_experts"]
   if family.model_type == "deepseek_v2":
@@ -497,18 +633,34 @@ def write_config(m: config.Model, family: Family, *, max_positions: int, eos: in
 
 def _refuse(ours: dict[str, Any], back: dict[str, Any], family: Family) -> None:
   """What a config says after the way there and back must be what it said."""
-  yarn = "attention.rope.yarn_factor"
-  for path, value in ours.items():
-    if path in FREE or (path.startswith(_FREE_GROUPS) and path not in ("router.recurrent.cell", "router.pre_gate.d_model")):
-      continue
-    if path.startswith("attention.rope.yarn_") and ours[yarn] == back[yarn] == 1:
-      continue  # the rest of it is without effect
-    if back[path] != value:
-      raise InteropError(f"a {family.model_type} model has Model.{path} = {back[path]!r}, this one {value!r}; choose another "
-                         "family, or export the arrays as they are (inspect_checkpoint convert)")
-  if bool(ours["router.bias_update_rate"]) != bool(back["router.bias_update_rate"]):
-    raise InteropError(f"a {family.model_type} model has {'a' if back['router.bias_update_rate'] else 'no'} selection bias "
-                       f"(Router.bias_update_rate = {ours['router.bias_update_rate']})")
+  for path in _differing(ours, back):
+    if path == "router.bias_update_rate":
+      raise InteropError(f"a {family.model_type} model has {'a' if back[path] else 'no'} selection bias "
+                         f"(Router.bias_update_rate = {ours[path]})")
+    raise InteropError(f"a {family.model_type} model has Model.{path} = {back[path]!r}, this one {ours[path]!r}; choose "
+                       "another family, or export the arrays as they are (inspect_checkpoint convert)")
+
+
+def _differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+  """Paths in which two flat models differ, of those on which the arithmetic of a checkpoint depends."""
+  plain = a["attention.rope.yarn_factor"] == b["attention.rope.yarn_factor"] == 1  # the rest of YaRN is then without effect
+
+  def matters(path: str) -> bool:
+    if path in ("router.recurrent.cell", "router.pre_gate.d_model"):
+      return True
+    return not (path in FREE or path.startswith(_FREE_GROUPS) or (plain and path.startswith("attention.rope.yarn_")))
+
+  def same(x, y) -> bool:
+    return math.isclose(x, y, rel_tol=1e-9) if isinstance(x, float) and isinstance(y, float) else x == y
+
+  differing = [path for path in a if matters(path) and not same(a[path], b[path])]
+  biased = "router.bias_update_rate"
+  return differing + ([biased] if bool(a[biased]) != bool(b[biased]) else [])
+
+
+def same_model(a: config.Model, b: config.Model) -> bool:
+  """Whether one set of parameters means the same under both."""
+  return not _differing(_flat(a), _flat(b))
 
 
 def _flat(m: config.Model) -> dict[str, Any]:

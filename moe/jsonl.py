@@ -1,4 +1,7 @@
-"""Files of JSON lines: appended locally, numbered parts on object stores, which cannot append."""
+"""Files of JSON lines: appended locally, numbered parts on object stores, which cannot append.
+
+The sinks write for an `outlet.Outlet`, which has the thread, the queue and the tries.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,16 @@ import itertools
 import json
 import os
 import pathlib
-import threading
 import time
-from typing import Any
-from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
 
 from etils import epath
 
+from moe import outlet
+
+_WAITING_BYTES = 64 << 20  # of records that wait for the disk: 100,000 steps of scalars. The oldest are dropped beyond it
+_PART_SECONDS = 20.0  # that records wait to be written together, on an object store
 _READERS = 16  # parts that are fetched at once, and the most that are held
 
 
@@ -25,7 +31,7 @@ def read(path) -> Iterator[dict[str, Any]]:
   Lines that are no record are passed over: one that a kill cut short, or that a disk damaged.
   """
   parts = _parts(path)
-  if _is_local(path):
+  if is_local(path):
     for part in parts:
       with part.open("rb") as lines:
         yield from _records(lines)
@@ -39,8 +45,21 @@ def read(path) -> Iterator[dict[str, Any]]:
       yield from _records(content.split(b"\n"))
 
 
+def read_end(path, most_bytes: int = 1 << 20) -> Iterator[dict[str, Any]]:
+  """The records in the last bytes of a local file; none where there is no file."""
+  path = pathlib.Path(path)
+  if not path.exists():
+    return
+  with path.open("rb") as lines:
+    start = max(path.stat().st_size - most_bytes, 0)
+    lines.seek(start)
+    if start:
+      lines.readline()  # the end of a line, most likely
+    yield from _records(lines)
+
+
 def read_one(path) -> dict[str, Any] | None:
-  """The record of a file that `Writer.replace` wrote; None where there is none, or a damaged one."""
+  """The record of a file that a `Replacement` wrote; None where there is none, or a damaged one."""
   path = epath.Path(path)
   return next(_records([path.read_bytes()]), None) if path.exists() else None
 
@@ -55,7 +74,8 @@ def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
       yield record
 
 
-def _is_local(path) -> bool:
+def is_local(path) -> bool:
+  """Whether a file can be appended to; object stores have addresses such as gs://."""
   return "://" not in str(path)
 
 
@@ -68,130 +88,113 @@ def version(path) -> list:
 def _parts(path) -> list[epath.Path]:
   path = epath.Path(path)
   # pathlib's pattern is relative: brackets in the name of the folder are no pattern there, in etils' they are.
-  folder = pathlib.Path(path.parent) if _is_local(path) else path.parent
+  folder = pathlib.Path(path.parent) if is_local(path) else path.parent
   numbered = folder.glob(f"{path.stem}-{'[0-9]' * 20}.jsonl")
   return ([path] if path.exists() else []) + sorted(epath.Path(part) for part in numbered)
 
 
-def _ends_within_a_line(path: epath.Path) -> bool:
-  if not path.exists() or not path.stat().length:
-    return False
-  with path.open("rb") as file:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) != b"\n"
+class Replacement(NamedTuple):
+  """The text of a file that holds one record."""
+
+  path: epath.Path
+  text: str
 
 
-class Writer:
-  """Appends records; several processes may append to one file.
+def open_outlet(path: epath.Path, on_news: Callable[[outlet.News], None]) -> outlet.Outlet:
+  """Takes lines (str) and Replacements for a file of records and the folder about it."""
+  one = sink(path)  # for all tries: on a store they go under one name
+  linger_seconds = 0.0 if is_local(path) else _PART_SECONDS
+  return outlet.Outlet(path.name, lambda: one, on_news=on_news, capacity=_WAITING_BYTES, weigh=_weight,
+                       linger_seconds=linger_seconds)
 
-  On an object store a thread writes a part some seconds after the first record that waits, or when `flush` says so: training
-  does not wait for the network, and what a failed write was to carry goes with the next. A process that is killed takes what
-  waits with it.
-  """
 
-  def __init__(self, path: epath.Path, seconds: float = 20.0):
-    """`seconds`: how long records may wait to be written together, on an object store."""
-    self._path, self._seconds = path, seconds
-    self._local = _is_local(path)
-    self._pending: list[str] = []
-    if self._local:
-      self._end_line_first = _ends_within_a_line(path)  # a kill cut the last line
-      return
-    self._changed = threading.Condition()  # guards the fields below and _pending
-    self._replacements: dict[epath.Path, str] = {}  # what waits to be written by `replace`
-    self._urgent, self._closed, self._failure = False, False, None
-    self._thread = threading.Thread(target=self._send, daemon=True, name="records")
-    self._thread.start()
+def sink(path: epath.Path) -> LocalSink | StoreSink:
+  """What an outlet of records writes with."""
+  return LocalSink(path) if is_local(path) else StoreSink(path)
 
-  def write(self, record: dict[str, Any]) -> None:
-    """Raises OSError: this record, or on an object store an earlier one, could not be written."""
-    line = json.dumps(record)
-    if self._local:
-      text = f"\n{line}\n" if self._end_line_first else f"{line}\n"
-      self._end_line_first = True  # a full disk may take a part of the line
-      with self._path.open("a") as file:
-        file.write(text)
-      self._end_line_first = False
-      return
-    with self._handing_over():
-      self._pending.append(line)
 
-  def replace(self, path: epath.Path, record: dict[str, Any]) -> None:
-    """Makes a file that holds this record alone, in place of what it held; a reader sees the one or the other, whole.
+def _weight(item: str | Replacement) -> int:
+  """Bytes in memory, nearly."""
+  return len(item.text if isinstance(item, Replacement) else item)
 
-    On an object store the thread does it, after it has written the records before.
 
-    Raises:
-      OSError: as `write`
-    """
-    line = json.dumps(record)
-    if self._local:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      aside = path.with_name(path.name + ".new")
-      aside.write_text(line)
-      aside.replace(path)
-      return
-    with self._handing_over():
-      self._replacements[path] = line
+class LocalSink:
+  """Appends lines; several processes may append to one file. What is written is taken out of `items`."""
 
-  def flush(self) -> None:
-    """What waits is written now, by the thread."""
-    if not self._local:
-      with self._changed:
-        self._urgent = bool(self._pending or self._replacements)
-        self._changed.notify()
+  def __init__(self, path: epath.Path):
+    self._path = path
 
-  def close(self, seconds: float = 60.0) -> None:
-    """Waits until all is written. Raises OSError: it could not be."""
-    if self._local:
-      return
-    with self._changed:
-      self._closed = True
-      self._changed.notify()
-    self._thread.join(seconds)
-    lost = len(self._pending) + len(self._replacements)
-    if lost:
-      raise OSError(f"{lost} records are lost: {self._failure or 'the store does not answer'}")
+  def write(self, items: collections.deque) -> None:
+    while items:
+      if isinstance(items[0], Replacement):
+        _replace(*items[0])
+        items.popleft()
+      else:
+        self._append(items)
 
-  @contextlib.contextmanager
-  def _handing_over(self):
-    """Wakes the thread up, and raises what it failed at since the last time."""
-    with self._changed:
-      yield
-      failure, self._failure = self._failure, None
-      self._changed.notify()
-    if failure:
-      raise OSError(failure)
-
-  def _send(self) -> None:
-    last, lines, part = False, [], None
-    while not last:
-      with self._changed:
-        self._changed.wait_for(lambda: self._pending or self._replacements or self._closed)
-        self._changed.wait_for(lambda: self._urgent or self._closed, self._seconds)
-        last, self._urgent = self._closed, False
-        if part is None or last:  # else the same again under the same name: the failed write may have come through
-          lines = list(self._pending)
-        replacements = dict(self._replacements)
+  def _append(self, items: collections.deque) -> None:
+    """The lines up to the next Replacement."""
+    written = []
+    file = open(self._path, "a+b", buffering=0)
+    try:
+      # A kill, or a full disk, may have cut the last line.
+      if file.seek(0, os.SEEK_END):
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+          file.write(b"\n")
+      while items and not isinstance(items[0], Replacement):
+        rest = items[0].encode() + b"\n"
+        try:
+          while rest:  # a disk that fills up takes a part, and raises at the rest
+            rest = rest[file.write(rest) :]
+        finally:
+          if len(rest) <= 1:  # whole but for its end, which the next one writes
+            written.append(items.popleft())
+    finally:
       try:
-        if lines:
-          part = part or self._path.parent / f"{self._path.stem}-{time.time_ns():020}.jsonl"
-          part.write_text("\n".join(lines) + "\n")
-          self._written(lines)
-          lines, part = [], None
-        for path, line in replacements.items():
-          path.write_text(line)
-          self._replaced(path, line)
-      except Exception as error:  # of whatever client the store has
-        self._failure = f"{type(error).__name__}: {error}"
+        file.close()
+      except OSError:  # here a network's disk tells that it did not take the lines after all
+        items.extendleft(reversed(written))
+        raise
 
-  def _written(self, lines: list[str]) -> None:
-    with self._changed:
-      del self._pending[: len(lines)]
-      self._failure = None
+  def close(self) -> None:
+    pass
 
-  def _replaced(self, path: epath.Path, line: str) -> None:
-    with self._changed:
-      if self._replacements[path] is line:  # else a newer one came meanwhile
-        del self._replacements[path]
-      self._failure = None
+
+def _replace(path: epath.Path, text: str) -> None:
+  """A reader sees the old file or the new one, whole."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  aside = path.with_name(path.name + ".new")
+  try:
+    aside.write_text(text)
+    aside.replace(path)
+  except OSError:
+    with contextlib.suppress(OSError):
+      aside.unlink(missing_ok=True)  # on a full disk a part of it takes room
+    raise
+
+
+class StoreSink:
+  """Writes numbered parts, for object stores cannot append."""
+
+  def __init__(self, path: epath.Path):
+    self._path = path
+    self._part: epath.Path | None = None
+
+  def write(self, items: collections.deque) -> None:
+    """A try that failed goes again under the same name: it may have come through. So `items` are then the same ones."""
+    lines = [item for item in items if not isinstance(item, Replacement)]
+    if lines:
+      self._part = self._part or self._path.parent / f"{self._path.stem}-{time.time_ns():020}.jsonl"
+      self._part.write_text("\n".join(lines) + "\n")
+      self._part = None
+      replacements = [item for item in items if isinstance(item, Replacement)]
+      items.clear()
+      items.extend(replacements)
+    while items:
+      path, text = items[0]
+      path.write_text(text)
+      items.popleft()
+
+  def close(self) -> None:
+    pass

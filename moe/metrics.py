@@ -1,4 +1,4 @@
-"""Step records and where they go: JSONL always, TensorBoard, the terminal. Host only.
+"""Step records and where they go: JSONL always, the boards, the terminal. Host only.
 
 `metrics.jsonl` is the source of truth: one record a step or evaluation; after a resume a step may stand twice, and the
 later record counts. `events.jsonl` holds what happened: start, restore, save, skip, alarm, end.
@@ -15,20 +15,21 @@ that its records are bounded, whatever the length of the run:
 from __future__ import annotations
 
 import contextlib
+import json
 import math
-import sys
 import time
 import urllib.parse
 from typing import Any, NamedTuple
 
 from etils import epath
 import numpy as np
-from rich import console as rich_console
-from rich import live as rich_live
-from rich import text as rich_text
 
+from moe import boards
 from moe import jsonl
+from moe import outlet
+from moe import terminal
 from moe.errors import storage_errors
+from moe.terminal import duration
 
 
 # Windows get wider as the run gets longer, so that their number grows with the logarithm of the steps alone. They do not
@@ -37,6 +38,9 @@ _SINGLE_STEPS = 512  # the first steps have a window each: a short run loses no 
 _WINDOWS_PER_DOUBLING = 64  # 994 windows in 100,000 steps, 1,211 in a million
 _SCORES_PER_DOUBLING = 16  # evaluations of a domain with arrays: at most 73 in 100,000 steps where one comes every 500
 _DIGITS = 6  # of the floats in arrays
+
+_FLUSH_SECONDS = 2.0
+_CLOSE_SECONDS, _STORE_CLOSE_SECONDS = 10.0, 60.0  # that the end of a run waits for its writers
 
 
 def window_start(step: int, per_doubling: int) -> int:
@@ -138,24 +142,36 @@ def latest_path(run_dir: epath.Path, kind: str) -> epath.Path:
 
 
 class Recorder:
-  """All writers of a run. A full disk or a lost bucket must not stop training: it raises an alarm and goes on."""
+  """All writers of a run. Nothing that happens to one of them stops or holds up training: it raises an alarm and goes on.
 
-  def __init__(self, run_dir: epath.Path, active: bool = True):
-    """`active`: False on all hosts but the first, which then write nothing."""
+  Each has a thread of its own, see `outlet.Outlet`. Records wait in memory while the disk does not take them.
+  """
+
+  def __init__(self, run_dir: epath.Path, active: bool = True, *, tensorboard: bool = True, wandb: str = "", mlflow: str = ""):
+    """
+    Args:
+      active: False on all hosts but the first, which then write nothing.
+      tensorboard: event files in `<run_dir>/tb`.
+      wandb: project of Weights & Biases; "" for none.
+      mlflow: tracking URI of MLflow; "" for none.
+
+    Raises:
+      ConfigError: the package of a board is not installed.
+    """
+    boards.check(wandb, mlflow)
     self._active = active
-    self.terminal = Terminal(active)
+    self.terminal = terminal.Terminal(active, self._on_news)
     if active:
-      import tensorboardX  # takes seconds where torch is installed, and a recovery waits for them
-
       self._run_dir = run_dir
-      self._metrics = jsonl.Writer(run_dir / "metrics.jsonl")
-      self._events = jsonl.Writer(run_dir / "events.jsonl")
-      self._board = tensorboardX.SummaryWriter(str(run_dir / "tb")) if "://" not in str(run_dir) else None
+      self._wanted_boards = {"tensorboard": tensorboard, "wandb": wandb, "mlflow": mlflow}
+      self._boards: list[outlet.Outlet] | None = None  # from the first record on, whose step they begin with
       self._loads: LoadWindows | None = None  # from the first step on, whose record may be read then
       self._array_windows: dict[str, int] = {}  # of the last record with arrays, by kind
+      self._events = jsonl.open_outlet(run_dir / "events.jsonl", self._on_news)
+      self._metrics = jsonl.open_outlet(run_dir / "metrics.jsonl", self._on_news)
 
   def metrics(self, kind: str, step: int, values: dict[str, Any]) -> None:
-    """Writes one record {"kind", "step", **values}; scalars also go to TensorBoard.
+    """Writes one record {"kind", "step", **values}; scalars also go to the boards.
 
     Arrays become lists. Kind `train` takes every step in turn, and its `expert_counts` [L, E] are summed over a window. Other
     kinds have arrays of two axes and more once in a window, and always in `latest/`.
@@ -173,13 +189,14 @@ class Recorder:
       window = score_window(step)
       left_out = large if self._array_windows.get(kind) == window else set()
       self._array_windows[kind] = window
-    self._write({**stamp, **{key: value for key, value in plain.items() if key not in left_out}})
+    self._metrics.put(json.dumps({**stamp, **{key: value for key, value in plain.items() if key not in left_out}}))
     if counts is not None:
       self._add_load(step, counts)
-    with self._guarded():
-      for key, value in plain.items():
-        if self._board and isinstance(value, (int, float)) and math.isfinite(value):
-          self._board.add_scalar(f"{kind}/{key}", value, step)
+    scalars = boards.Scalars.of({**stamp, **plain})
+    if self._boards is None:
+      self._boards = boards.outlets(self._run_dir, scalars, self._on_news, **self._wanted_boards)
+    for board in self._boards:
+      board.put(scalars)
 
   def data(self, kind: str, step: int, **fields: Any) -> None:
     """Writes one record of plain JSON values of any size, in place of the last one of its kind: `latest/<kind>.json`."""
@@ -188,17 +205,20 @@ class Recorder:
 
   def event(self, name: str, **fields: Any) -> None:
     if self._active:
-      with self._guarded():
-        self._events.write({"event": name, "time": round(time.time(), 3), **fields})
+      self._events.put(json.dumps({"event": name, "time": round(time.time(), 3), **fields}, default=str))
 
   def flush(self) -> None:
-    """Before a checkpoint, whose step is where a killed run goes on: the records up to it should be there too."""
+    """Before a checkpoint, whose step is where a killed run goes on: the records up to it should be there too.
+
+    Waits a moment for a disk, not for a store, and for nothing that is in trouble.
+    """
     if self._active:
       if self._loads and self._loads.open_window:
         # Not among the records: with a short time between checkpoints they would be many.
         self._replace("load", self._loads.open_window.record())
-      self._metrics.flush()
-      self._events.flush()
+      seconds = _FLUSH_SECONDS if jsonl.is_local(self._run_dir) else 0.0
+      self._metrics.flush(seconds)
+      self._events.flush(seconds)
 
   def alarm(self, message: str, **fields: Any) -> None:
     """An event a person should see."""
@@ -206,23 +226,34 @@ class Recorder:
     self.event("alarm", message=message, **fields)
 
   def close(self) -> None:
-    """Once; again it does nothing."""
+    """Writes what waits, for as long as `_CLOSE_SECONDS` at most. Once; again it does nothing."""
     if self._active:
-      self._active = False
       if self._loads and self._loads.open_window:
-        self._write(self._loads.open_window.record())
-      for writer in (self._metrics, self._events, self._board):
-        with self._guarded():
-          if writer:
-            writer.close()
-    self.terminal.close()
+        self._metrics.put(json.dumps(self._loads.open_window.record()))
+      seconds = _CLOSE_SECONDS if jsonl.is_local(self._run_dir) else _STORE_CLOSE_SECONDS
+      self.terminal.close()
+      # The events go last: they tell what the others lost.
+      outlet.close_all([self._metrics, *(self._boards or [])], seconds)
+      self._active = False
+      self._events.close(seconds)
+
+  def _on_news(self, news: outlet.News) -> None:
+    """Of an observer, in its thread or in training's."""
+    is_bad = bool(news.lost) or not news.over
+    self.event("alarm" if is_bad else "observer", message=news.message, observer=news.outlet, lost=news.lost)
+    if news.outlet == self.terminal.NAME:  # which cannot say it, and is the thread that would wait for it
+      return
+    if is_bad:
+      self.terminal.alarm(news.message)
+    else:
+      self.terminal.say(news.message)
 
   def _add_load(self, step: int, counts) -> None:
     if self._loads is None:
       self._loads = LoadWindows()
       self._loads.resume(step, self._left_open())
     for window in self._loads.push(step, counts):
-      self._write(window.record())
+      self._metrics.put(json.dumps(window.record()))
 
   def _left_open(self) -> Window | None:
     """The window that was open at the last checkpoint of an earlier process."""
@@ -232,21 +263,10 @@ class Recorder:
       self.terminal.alarm(f"the expert load before this start could not be read: {error}")
       return None
 
-  # Each write has a guard of its own: on an object store an error may be about an earlier record.
-  def _write(self, record: dict[str, Any]) -> None:
-    with self._guarded():
-      self._metrics.write(record)
-
   def _replace(self, kind: str, record: dict[str, Any]) -> None:
-    with self._guarded():
-      self._metrics.replace(latest_path(self._run_dir, kind), record)
-
-  @contextlib.contextmanager
-  def _guarded(self):
-    try:
-      yield
-    except OSError as error:
-      self.terminal.alarm(f"records could not be written: {error}")
+    """One that still waits is superseded: evaluations of a store that is away do not pile up."""
+    path = latest_path(self._run_dir, kind)
+    self._metrics.put(jsonl.Replacement(path, json.dumps(record)), key=str(path))
 
 
 def _plain(value) -> Any:
@@ -257,41 +277,41 @@ def _plain(value) -> Any:
   return array.tolist()
 
 
-class Terminal:
-  """A live status line on a terminal; plain lines elsewhere."""
+def status_fields(step: int, steps: int, values: dict[str, float], seconds_left: float) -> list[terminal.Field]:
+  """The parts of a training status line, for `Terminal.status`. At 80 columns the first eight of them by rank fit.
 
-  def __init__(self, active: bool = True):
-    self._active = active
-    self._console = rich_console.Console(highlight=False, soft_wrap=True)
-    self._live = None
+  Args:
+    step: steps done; `steps`: of so many.
+    values: of a `train` and a `speed` record, with `bits_per_byte`; what is lacking is left out, as is `mfu` where a chip
+      has no peak to speak of.
+  """
+  rate = values.get("tokens_per_second", math.nan)
+  forms = {  # in the order of the line: the key, where there is room, where there is little, rank
+      "loss": ("loss {:.4f}", "loss {:.3f}", 1),
+      "bits_per_byte": ("{:.3f} bits/byte", "{:.3f} b/B", 8),
+      "learning_rate": ("rate {:.2e}", "lr {:.0e}", 4),
+      "gradient_norm": ("gradient {:.3g}", "g {:.2g}", 5),
+      "balance": ("balance {:.3f}", "bal {:.2f}", 9),
+      "load_max": ("max/mean load {:.2f}", "load {:.1f}", 6),
+      "dropped": ("dropped {:.2%}", "drop {:.0%}", 7),
+      "tokens_per_second": ("{:,.0f} tok/s", f"{_short(rate)} tok/s", 3),
+      "mfu": ("MFU {:.1%}", "MFU {:.0%}", 10),
+  }
+  fields = [terminal.Field(f"step {step}/{steps}", f"{step}/{steps}", 0)]
+  for key, (text, short, rank) in forms.items():
+    if key in values:
+      fields.append(terminal.Field(text.format(values[key]), short.format(values[key]), rank))
+  left = f"ETA {duration(seconds_left)}"
+  return [*fields, terminal.Field(left, left, 2)]
 
-  def status(self, line: str) -> None:
-    """Replaces the status line; where there is no terminal, prints it."""
-    if not self._active:
-      return
-    if not self._console.is_terminal:
-      self.say(line)
-      return
-    if self._live is None:
-      self._live = rich_live.Live(console=self._console, refresh_per_second=4, transient=False)
-      self._live.start()
-    self._live.update(rich_text.Text(line, no_wrap=True, overflow="ellipsis"))
 
-  def say(self, line: str) -> None:
-    """Prints a line that stays."""
-    if self._active:
-      self._console.print(rich_text.Text(line))
-      sys.stdout.flush()
-
-  def alarm(self, message: str) -> None:
-    if self._active:
-      self._console.print(rich_text.Text(f"ALARM {message}", style="bold red"))
-      sys.stdout.flush()
-
-  def close(self) -> None:
-    if self._live is not None:
-      self._live.stop()
-      self._live = None
+def _short(number: float) -> str:
+  """123, 12k, 1.2M."""
+  for factor, letter in ((1e6, "M"), (1e3, "k")):
+    if number >= factor:
+      scaled = number / factor
+      return f"{scaled:.1f}{letter}" if scaled < 10 else f"{scaled:.0f}{letter}"
+  return f"{number:.0f}"
 
 
 class Goodput:
@@ -317,14 +337,3 @@ class Goodput:
     """Seconds by activity, with the rest as `other`."""
     known = {name: round(value, 3) for name, value in self.seconds.items()}
     return {**known, "other": round(max(self.elapsed_seconds - sum(self.seconds.values()), 0.0), 3)}
-
-
-def duration(seconds: float) -> str:
-  """1:02:03, or 2:03 below an hour.
-
-  >>> duration(3723)
-  '1:02:03'
-  """
-  minutes, seconds = divmod(int(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import array
 import base64
+import datetime
 import html
 import io
 import json
 import math
+import re
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -17,13 +19,17 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
+from moe import config  # noqa: E402
 from moe import jsonl  # noqa: E402
 from moe import metrics  # noqa: E402
+from moe import sizes  # noqa: E402
 from moe.errors import UserError  # noqa: E402
 from moe.routing import analysis  # noqa: E402
 
 _SNAPSHOTS = 4  # points in time of the load heatmap
 _EXAMPLES = 2048  # experts of a domain with examples on the page, about 1 kB each
+_ALARMS = 100  # kinds of alarms on the page
+_LABEL_GAP = 0.06  # of an axis, between two labels that can be read
 
 
 class ReportError(UserError):
@@ -50,6 +56,7 @@ class Records(NamedTuple):
   loads: list[metrics.Window]  # in order of step, each step in one of them
   scores: dict[str, dict[int, np.ndarray]]  # domain -> step -> counts [L, E] of the evaluation
   latest: dict[str, dict[str, Any]]  # kind -> the last record, whole, of what has a number or a text for each expert
+  goodput: dict[str, float] = {}  # activity -> seconds, of all processes that worked on the run
 
   @property
   def train(self) -> Table:
@@ -85,16 +92,81 @@ class _TableBuilder:
     return Table(kept, {key: np.array(column)[rows] for key, column in self._columns.items()})
 
 
-def read(run_dir) -> Records:
+class Alarm(NamedTuple):
+  """Alarms that differ in their numbers alone."""
+
+  count: int
+  first_time: float  # seconds since the epoch
+  last: dict[str, Any]
+
+
+class Events(NamedTuple):
+  """What happened to a run. Its size is bounded."""
+
+  starts: int
+  alarms: list[Alarm]  # in order of the first of each; beyond `_ALARMS` kinds, none
+  goodput: list[tuple[float, dict[str, float]]]  # (time, seconds by activity) at each end
+
+
+def read_events(run_dir) -> Events:
+  """The events of a run, read in one pass."""
+  starts, alarms, goodput = 0, {}, []
+  for record in jsonl.read(epath.Path(run_dir) / "events.jsonl"):
+    event, at = record.get("event"), _time(record)
+    starts += event == "start"
+    if event == "end" and isinstance(record.get("goodput"), dict):
+      goodput.append((at, {key: value for key, value in record["goodput"].items() if isinstance(value, (int, float))}))
+    if event == "alarm":
+      kind = re.sub(r"[\d.]+", "0", str(record.get("message")))
+      before = alarms.get(kind, Alarm(0, at, {}))
+      if before.count or len(alarms) < _ALARMS:
+        alarms[kind] = Alarm(before.count + 1, before.first_time, record)
+  return Events(starts, list(alarms.values()), goodput)
+
+
+class _Goodput:
+  """Sums what each process of a run told: its clock begins at 0, so a total that falls is of another process."""
+
+  def __init__(self, ends: list[tuple[float, dict[str, float]]]):
+    self._ends = list(reversed(ends))
+    self._before: dict[str, float] = {}
+    self._now: dict[str, float] = {}
+
+  def add(self, record: dict[str, Any]) -> None:
+    """A record of kind `speed`. The end of a process, which has its final evaluation, comes in its place among them."""
+    while self._ends and self._ends[-1][0] <= _time(record):
+      self._take(self._ends.pop()[1])
+    self._take({key.removeprefix("goodput/"): value for key, value in record.items()
+                if key.startswith("goodput/") and isinstance(value, (int, float))})
+
+  def total(self) -> dict[str, float]:
+    while self._ends:
+      self._take(self._ends.pop()[1])
+    return self._sum()
+
+  def _take(self, seconds: dict[str, float]) -> None:
+    if sum(seconds.values()) < sum(self._now.values()):
+      self._before = self._sum()
+    self._now = seconds
+
+  def _sum(self) -> dict[str, float]:
+    return {key: self._before.get(key, 0.0) + self._now.get(key, 0.0) for key in {**self._before, **self._now}}
+
+
+def read(run_dir, events: Events | None = None) -> Records:
   """The records of a run, read in one pass of which a record at a time is held.
 
   Older runs, which have the counts of the experts in the record of every step, are summed over the same windows as a run
   now writes.
 
+  Args:
+    events: of the run, where they are read already.
+
   Raises:
     ReportError
   """
   run_dir = epath.Path(run_dir)
+  goodput = _Goodput((events or read_events(run_dir)).goodput)
   builders: dict[str, _TableBuilder] = {}
   windows: list[metrics.Window] = []
   by_step = metrics.LoadWindows()  # of a run that has counts in every step
@@ -113,6 +185,8 @@ def read(run_dir) -> Records:
       _keep_latest(latest, record)
       continue
     builders.setdefault(kind, _TableBuilder()).add(record)
+    if kind == "speed":
+      goodput.add(record)
     if counts and kind == "train":
       for window in by_step.push(step, counts):
         _append(windows, window)
@@ -131,7 +205,7 @@ def read(run_dir) -> Records:
   for kind in [f"{group}/{name}" for name in names for group in ("eval", "examples")]:
     _keep_latest(latest, jsonl.read_one(metrics.latest_path(run_dir, kind)))
   tables = {kind: builder.table() for kind, builder in builders.items()}
-  return Records(tables, windows, scores, latest)
+  return Records(tables, windows, scores, latest, goodput.total())
 
 
 def _append(windows: list[metrics.Window], window: metrics.Window | None) -> None:
@@ -155,7 +229,13 @@ def _for_a_page(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _age(record: dict[str, Any]) -> tuple[float, int]:
-  return record["time"], record["step"]
+  return _time(record), record["step"]
+
+
+def _time(record: dict[str, Any]) -> float:
+  """Seconds since the epoch; 0 of a damaged record."""
+  at = record.get("time")
+  return at if isinstance(at, (int, float)) and math.isfinite(at) else 0.0
 
 
 def _keep_score(scores: dict[int, np.ndarray], step: int, counts) -> None:
@@ -175,20 +255,32 @@ def write(run_dir, folder=None, refresh_seconds: int = 0) -> epath.Path:
   Raises:
     ReportError
   """
-  run_dir, records = epath.Path(run_dir), read(run_dir)
+  run_dir = epath.Path(run_dir)
+  events = read_events(run_dir)
+  records = read(run_dir, events)
   folder = epath.Path(folder or run_dir / "report")
-  runs = {run_dir.name: records}
+  runs, descriptions = {run_dir.name: records}, {run_dir.name: _description(run_dir, records, events)}
   pictures = _save(folder, {
-      "curves": ("Training and evaluation", _draw_curves(runs)), "load": ("Expert load over time", _draw_load(records)),
+      "curves": ("Training and evaluation", _draw_curves(runs, descriptions)),
+      "load": ("Expert load over time", _draw_load(records)),
       "domains": ("Which experts a domain uses", _draw_domains(records)), "routing": ("Routing", _draw_routing(records)),
       "specialisation": ("Specialisation", _draw_specialisation(records)),
       "information": ("What one layer's routing tells about another's", _draw_information(records)),
+      "tokens": ("Tokens by domain", _draw_domain_tokens(records)),
       "goodput": ("Where the time went", _draw_goodput(runs))})
   kept = _config(run_dir)
   shown = json.dumps(kept, indent=1) if kept else "no config.json"
-  body = (_facts(runs) + pictures + _domain_table(records) + _examples(records)
+  body = (_facts(runs, descriptions) + _alarms(events) + pictures + _domain_table(records) + _examples(records)
           + f"<details><summary>Resolved config</summary><pre>{html.escape(shown)}</pre></details>")
   return _write_page(folder, run_dir.name, body, refresh_seconds)
+
+
+def write_at_the_end(run_dir) -> str:
+  """As `write`, for a run that is done, which no picture can fail: the line to print, of where the page is or why not."""
+  try:
+    return f"report: {write(run_dir)}"
+  except Exception as error:  # a full disk, or whatever a record made matplotlib raise
+    return f"no report ({type(error).__name__}: {error}); python -m tools.report {run_dir} draws it"
 
 
 def compare(run_dirs, folder, refresh_seconds: int = 0) -> epath.Path:
@@ -201,11 +293,18 @@ def compare(run_dirs, folder, refresh_seconds: int = 0) -> epath.Path:
   names = [path.name for path in paths]
   if len(set(names)) < len(names):
     names = [str(path) for path in paths]
-  runs = {name: read(path)._replace(loads=[], scores={}, latest={}) for name, path in zip(names, paths)}
-  pictures = _save(epath.Path(folder), {"curves": ("Training and evaluation", _draw_curves(runs)),
+  runs, descriptions, configs = {}, {}, {}
+  for name, path in zip(names, paths):
+    events = read_events(path)
+    runs[name] = read(path, events)._replace(loads=[], scores={}, latest={})
+    descriptions[name] = _description(path, runs[name], events)
+    configs[name] = _flat(_config(path))
+  pictures = _save(epath.Path(folder), {"sweep": ("The swept value", _draw_sweep(runs, configs)),
+                                        "curves": ("Training and evaluation", _draw_curves(runs, descriptions)),
+                                        "validation": ("Validation by domain, bits a byte", _draw_domain_scores(runs)),
                                         "balance": ("Balance", _draw_balance(runs)),
                                         "goodput": ("Where the time went", _draw_goodput(runs))})
-  body = _facts(runs) + _config_table({name: _config(path) for name, path in zip(names, paths)}) + pictures
+  body = _facts(runs, descriptions) + _config_table(configs) + pictures
   return _write_page(epath.Path(folder), " / ".join(names), body, refresh_seconds)
 
 
@@ -225,9 +324,76 @@ def _save(folder: epath.Path, figures: dict) -> str:
   return "".join(parts)
 
 
+def _json_of(path: epath.Path) -> dict | None:
+  """None where there is no such file, or a damaged one."""
+  try:
+    return json.loads(path.read_text()) if path.exists() else None
+  except ValueError:
+    return None
+
+
 def _config(run_dir: epath.Path) -> dict | None:
-  path = run_dir / "config.json"
-  return json.loads(path.read_text()) if path.exists() else None
+  return _json_of(run_dir / "config.json")
+
+
+class Description(NamedTuple):
+  """What a run is and where it ran."""
+
+  facts: dict[str, str]
+  on_cpu: bool  # where a share of the peak is noise
+
+
+def _description(run_dir: epath.Path, records: Records, events: Events) -> Description:
+  environment = _json_of(run_dir / "env.json") or {}
+  devices = [str(device) for device in environment.get("devices", [])]
+  # Of `TFRT_CPU_0`, `cuda:0`, `TPU_0(process=0,(0,0,0,0))` what is before the number.
+  name = re.match(r"[A-Za-z]*(_[A-Za-z]+)*", devices[0])[0] if devices else ""
+  kind = environment.get("device_kind") or name
+  times = records.train.column("time")
+  times = times[np.isfinite(times)]
+  facts = {}
+  if len(times):
+    facts["from"] = _date(times.min())
+    facts["last record"] = _date(times.max())
+  if events.starts > 1:
+    facts["starts"] = str(events.starts)
+  if environment.get("commit"):
+    facts["commit"] = environment["commit"][:12]
+  if devices:
+    facts["devices"] = f"{len(devices)} {kind}, {environment.get('hosts', 1)} host(s)"
+  if environment.get("jax"):
+    facts["jax"] = environment["jax"]
+  facts |= _parameters(_config(run_dir), environment)
+  facts["alarms"] = f"{sum(alarm.count for alarm in events.alarms):,}"
+  return Description(facts, "cpu" in kind.lower())
+
+
+def _date(seconds: float) -> str:
+  return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _parameters(kept: dict | None, environment: dict) -> dict[str, str]:
+  """As the run wrote them down, else counted from its config; none where that is of another version."""
+  total, active = environment.get("parameters"), environment.get("active_parameters")
+  if total is None and kept and "model" in kept:
+    try:
+      counted = sizes.sizes(config.from_dict(config.Model, kept["model"]))
+      total, active = counted.total, counted.active
+    except (config.ConfigError, TypeError, KeyError):
+      pass
+  if total is None:
+    return {}
+  return {"parameters": f"{total:,}"} | ({"active a token": f"{active:,}"} if active else {})
+
+
+def _alarms(events: Events) -> str:
+  """One row for the alarms that differ in numbers alone."""
+  if not events.alarms:
+    return ""
+  rows = "".join(f"<tr><td>{alarm.count:,}</td><td>{_date(alarm.first_time)}</td><td>{_date(_time(alarm.last))}</td>"
+                 f"<td>{html.escape(str(alarm.last.get('message')))}</td></tr>" for alarm in events.alarms)
+  return ("<h2>Alarms</h2><div class=wide><table><tr><th>times</th><th>first</th><th>last</th><th>the last one</th></tr>"
+          f"{rows}</table></div>")
 
 
 def _tokens(records: Records, steps: np.ndarray) -> np.ndarray:
@@ -236,7 +402,7 @@ def _tokens(records: Records, steps: np.ndarray) -> np.ndarray:
 
 
 def _hours(records: Records) -> np.ndarray:
-  """Wall time of each step since the first one; nan where a long pause begins, so that no line is drawn over it."""
+  """Wall time of each step since the first one, long pauses left out; nan where one is, so that no line is drawn over it."""
   steps, times = records.train.steps, records.train.column("time").copy()
   # The loop writes the records of several steps at once, and then how long each of them took: count back from there.
   if "speed" in records.tables:
@@ -246,11 +412,12 @@ def _hours(records: Records) -> np.ndarray:
     window = window[known]
     steps_before_end = speed.steps[window] - steps[known]
     times[known] = speed.column("time")[window] - steps_before_end * speed.column("seconds_per_step")[window]
+  times = np.fmax.accumulate(times)  # a window that was timed too long must not turn the curve back
   gaps = np.diff(times, prepend=times[0])
-  hours = (times - times[0]) / 3600
   usual = np.median(gaps[gaps > 0]) if (gaps > 0).any() else 1.0
-  hours[gaps > 60 * max(usual, 1.0)] = np.nan
-  return hours
+  is_pause = gaps > 60 * max(usual, 1.0)
+  hours = np.cumsum(np.where(is_pause, usual, gaps)) / 3600
+  return np.where(is_pause, np.nan, hours)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -261,11 +428,87 @@ def _smooth(values: np.ndarray) -> np.ndarray:
   return (np.convolve(np.where(valid, values, 0), kernel, "same") / np.maximum(np.convolve(valid, kernel, "same"), 1e-9))
 
 
-def _draw_curves(runs: dict[str, Records]):
+def _label_ends(axis, ends: list[tuple[float, str, str]]) -> None:
+  """Labels (height, text, colour) at the right edge, moved apart so that each can be read."""
+  ends = sorted(end for end in ends if math.isfinite(end[0]))
+  low, high = axis.get_ylim()
+  gap = min(_LABEL_GAP, 1 / max(len(ends), 1))
+  places = []
+  for height, _, _ in ends:
+    wanted = (height - low) / (high - low)
+    places.append(max(wanted, places[-1] + gap) if places else max(wanted, 0.0))
+  ceiling = 1.0
+  for index in reversed(range(len(places))):
+    places[index] = min(places[index], ceiling)
+    ceiling = places[index] - gap
+  for (height, text, color), place in zip(ends, places):
+    axis.annotate(text, (1, height), (1.03, place), xycoords=axis.get_yaxis_transform(), textcoords="axes fraction",
+                  va="center", fontsize=min(8, 8 * gap / _LABEL_GAP * 1.3), color=color, annotation_clip=False,
+                  arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0,
+                              "relpos": (0, 0.5)})
+
+
+def _draw_scores(axis, scores: dict[str, tuple[np.ndarray, np.ndarray]], names: list[str], title: str) -> None:
+  """Curves by name, (million tokens, bits a byte) each, with the last value and the name at their ends.
+
+  `names`: all that there are, so that one has the same colour in each picture.
+  """
+  ends = []
+  for name, (millions, bits) in scores.items():
+    color = f"C{names.index(name) % 10}"
+    axis.plot(millions, bits, color=color, marker="o", markersize=3)
+    ends.append((float(bits[-1]), f"{bits[-1]:.3f} {name}", color))
+  axis.set(title=title, xlabel="million tokens")
+  axis.grid(alpha=0.2)
+  _label_ends(axis, ends)
+
+
+def _score(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
+  """(million tokens, bits a byte) of a domain's evaluations."""
+  table = records.tables[f"eval/{name}"]
+  return _tokens(records, table.steps) / 1e6, table.column("bits_per_byte")
+
+
+def _mean_score(records: Records, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+  """The same of several domains, at the steps at which all were evaluated."""
+  tables = [records.tables[f"eval/{name}"] for name in names]
+  steps = sorted(set.intersection(*(set(table.steps.tolist()) for table in tables)))
+  bits = [table.column("bits_per_byte")[np.searchsorted(table.steps, steps)] for table in tables]
+  return _tokens(records, np.array(steps)) / 1e6, np.mean(bits, 0)
+
+
+def _draw_validation(axis, runs: dict[str, Records]) -> None:
+  """A colour a domain; of several runs a colour a run, of the mean of the domains that all of them have."""
+  if len(runs) == 1:
+    (records,) = runs.values()
+    names = records.domains
+    _draw_scores(axis, {name: _score(records, name) for name in names}, names, "validation, bits a byte")
+    return
+  shared = sorted(set.intersection(*(set(records.domains) for records in runs.values())))
+  scores = {run: _mean_score(records, shared) for run, records in runs.items()} if shared else {}
+  scores = {run: score for run, score in scores.items() if len(score[0])}
+  of = f", mean of {len(shared)} domains" if len(shared) > 1 else f", {shared[0]}" if shared else ""
+  _draw_scores(axis, scores, list(runs), f"validation, bits a byte{of}")
+
+
+def _draw_domain_scores(runs: dict[str, Records]):
+  """A picture a domain, a colour a run; None where the runs have one domain, which is drawn already."""
+  names = sorted({name for records in runs.values() for name in records.domains})
+  if len(names) < 2:
+    return None
+  rows = math.ceil(len(names) / 3)
+  figure, axes = plt.subplots(rows, 3, figsize=(16, 3.4 * rows), layout="constrained", squeeze=False)
+  for axis in axes.flat[len(names) :]:
+    axis.axis("off")
+  for axis, name in zip(axes.flat, names):
+    scores = {run: _score(records, name) for run, records in runs.items() if name in records.domains}
+    _draw_scores(axis, scores, list(runs), name)
+  return figure
+
+
+def _draw_curves(runs: dict[str, Records], descriptions: dict[str, Description]):
   """Loss by tokens and by time, validation by domain, gradient norm, learning rate, speed; runs over each other."""
   figure, axes = plt.subplots(2, 3, figsize=(16, 7.2), layout="constrained")
-  names = sorted({name for records in runs.values() for name in records.domains})
-  styles = dict(zip(names, ("-", "--", ":", "-.") * len(names)))
   tops = []
   for number, (run, records) in enumerate(runs.items()):
     train, color = records.train, f"C{number}"
@@ -275,34 +518,91 @@ def _draw_curves(runs: dict[str, Records]):
     for axis, x in ((axes[0, 0], millions), (axes[0, 1], _hours(records))):
       axis.plot(x, loss, color=color, linewidth=0.5, alpha=0.3)
       axis.plot(x, _smooth(loss), color=color, linewidth=1.2, label=run)
-    for name in records.domains:
-      score = records.tables[f"eval/{name}"]
-      at, bits = score.steps, score.column("bits_per_byte")
-      axes[0, 2].plot(_tokens(records, at) / 1e6, bits, color=color, linestyle=styles[name], marker="o", markersize=3,
-                      label=f"{run}: {name}" if len(runs) > 1 else name)
-      axes[0, 2].annotate(f"{bits[-1]:.3f}", (_tokens(records, at[-1:])[0] / 1e6, bits[-1]), textcoords="offset points",
-                          xytext=(-3, 6), ha="right", fontsize=8, color=color)
     axes[1, 0].plot(millions, _smooth(train.column("gradient_norm")), color=color, linewidth=0.9)
     axes[1, 1].plot(millions, train.column("learning_rate"), color=color, linewidth=1.2)
     if "speed" in records.tables:
       timed = records.tables["speed"]
-      speed, mfu = timed.column("tokens_per_second"), np.nanmedian(timed.column("mfu"))
+      speed, mfu = timed.column("tokens_per_second"), timed.column("mfu")
       axes[1, 2].plot(_tokens(records, timed.steps) / 1e6, speed, color=color, linewidth=0.9)
       whose = f"{run}: " if len(runs) > 1 else ""
-      axes[1, 2].plot([], [], color=color, label=f"{whose}median {np.median(speed):,.0f}, MFU {mfu:.1%}")
+      of_peak = f", MFU {np.nanmedian(mfu):.1%}" if np.isfinite(mfu).any() and not descriptions[run].on_cpu else ""
+      axes[1, 2].plot([], [], color=color, label=f"{whose}median {np.nanmedian(speed):,.0f}{of_peak}")
+  _draw_validation(axes[0, 2], runs)
   for axis in axes[0, :2] if tops else ():
     axis.set_ylim(top=max(tops) * 1.05)
   axes[0, 0].set(title="training loss, nats a token", xlabel="million tokens")
-  axes[0, 1].set(title="training loss, nats a token", xlabel="hours")
-  axes[0, 2].set(title="validation, bits a byte", xlabel="million tokens")
+  axes[0, 1].set(title="training loss, nats a token", xlabel="hours, pauses left out")
   axes[1, 0].set(title="gradient norm", xlabel="million tokens", yscale="log")
   axes[1, 1].set(title="learning rate", xlabel="million tokens", ylim=(0, None))
   axes[1, 2].set(title="tokens a second", xlabel="million tokens", ylim=(0, None))
-  for axis in [axes[0, 2], axes[1, 2], *([axes[0, 0]] if len(runs) > 1 else [])]:
+  for axis in [axes[1, 2], *([axes[0, 0]] if len(runs) > 1 else [])]:
     if axis.get_legend_handles_labels()[0]:
       axis.legend(fontsize=8)
   for axis in axes.flat:
     axis.grid(alpha=0.2)
+  return figure
+
+
+def _different(configs: dict[str, dict[str, str]]) -> list[str]:
+  """The fields in which the runs differ."""
+  keys = sorted({key for fields in configs.values() for key in fields})
+  return [key for key in keys if len({fields.get(key) for fields in configs.values()}) > 1]
+
+
+def _comparable(text: str) -> Any:
+  """A number, a name or the like of a config's JSON; of a list the text itself."""
+  value = json.loads(text)
+  return text if isinstance(value, (list, dict)) else value
+
+
+def _draw_sweep(runs: dict[str, Records], configs: dict[str, dict[str, str]]):
+  """The last scores over the one field in which the runs differ, seeds aside; None where there is no such field."""
+  swept = [key for key in _different(configs) if key.rpartition(".")[2] != "seed"]
+  names = sorted({name for records in runs.values() for name in records.domains})
+  if len(swept) != 1 or not names:
+    return None
+  values = {run: _comparable(configs[run].get(swept[0], "null")) for run in runs}
+  are_numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values.values())
+  order = sorted(set(values.values()), key=None if are_numbers else str)
+  places = {value: value if are_numbers else index for index, value in enumerate(order)}
+  figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+  ends = []
+  for number, name in enumerate(names):
+    scores: dict[Any, list[float]] = {}  # by value; several of a value are seeds
+    for run, records in runs.items():
+      if name in records.domains:
+        scores.setdefault(values[run], []).append(records.tables[f"eval/{name}"].last("bits_per_byte"))
+    known = [value for value in order if value in scores]
+    means = [float(np.mean(scores[value])) for value in known]
+    axis.plot([places[value] for value in known], means, color=f"C{number % 10}", linewidth=1)
+    for value in known:
+      axis.plot([places[value]] * len(scores[value]), scores[value], "o", color=f"C{number % 10}", markersize=4)
+    ends.append((means[-1], name, f"C{number % 10}"))
+  if are_numbers and min(order) > 0 and max(order) >= 10 * min(order):
+    axis.set_xscale("log")
+  if not are_numbers:
+    axis.set_xticks(range(len(order)), list(map(str, order)))
+  axis.set(title="last validation, bits a byte", xlabel=swept[0])
+  axis.grid(alpha=0.2)
+  _label_ends(axis, ends)
+  return figure
+
+
+def _draw_domain_tokens(records: Records):
+  """Tokens of each domain up to each step; None where they are not recorded."""
+  prefix = "domain_tokens/"
+  columns = {key.removeprefix(prefix): records.train.column(key) for key in records.train.columns if key.startswith(prefix)}
+  if not columns:
+    return None
+  figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
+  ends = []
+  for number, (name, column) in enumerate(columns.items()):
+    millions = np.cumsum(np.nan_to_num(column)) / 1e6
+    axis.plot(records.train.steps, millions, color=f"C{number % 10}")
+    ends.append((float(millions[-1]), f"{name} {millions[-1]:,.3g} M", f"C{number % 10}"))
+  axis.set(title="million tokens read", xlabel="step", ylim=(0, None))
+  axis.grid(alpha=0.2)
+  _label_ends(axis, ends)
   return figure
 
 
@@ -321,13 +621,8 @@ def _draw_balance(runs: dict[str, Records]):
 
 
 def _draw_goodput(runs: dict[str, Records]):
-  """A bar a run: seconds by what they went into, as the run last told."""
-  told = {}
-  for run, records in runs.items():
-    timed = records.tables.get("speed", Table(np.zeros(0), {}))
-    seconds = {key: timed.last(key) for key in timed.columns if key.startswith("goodput/")}
-    seconds = {key.removeprefix("goodput/"): value for key, value in seconds.items() if math.isfinite(value)}
-    told |= {run: seconds} if seconds else {}
+  """A bar a run: seconds by what they went into, of all its processes, the final evaluation included."""
+  told = {run: records.goodput for run, records in runs.items() if sum(records.goodput.values())}
   if not told:
     return None
   kinds = ["step"] + sorted({kind for table in told.values() for kind in table} - {"step"})
@@ -489,17 +784,18 @@ def _examples(records: Records) -> str:
           f"and two places in the text.{rest}</p>" + "".join(parts))
 
 
-def _facts(runs: dict[str, Records]) -> str:
+def _facts(runs: dict[str, Records], descriptions: dict[str, Description]) -> str:
   """A column a run."""
   def number(value: float, form: str = ".4f") -> str:
     return format(value, form) if math.isfinite(value) else "not finite"
 
   columns = []
-  for records in runs.values():
+  for run, records in runs.items():
     train = records.train
-    facts = {"steps": f"{train.steps[-1] + 1:,}", "tokens": f"{np.nansum(train.column('tokens')):,.0f}",
-             "training loss, nats a token": number(train.last("loss")), "balance": number(train.last("balance")),
-             "skipped steps": number(train.last("skipped_steps"), ".0f")}
+    facts = descriptions[run].facts | {
+        "steps": f"{train.steps[-1] + 1:,}", "tokens": f"{np.nansum(train.column('tokens')):,.0f}",
+        "training loss, nats a token": number(train.last("loss")), "balance": number(train.last("balance")),
+        "skipped steps": number(train.last("skipped_steps"), ".0f")}
     facts |= {f"{name}, validation, bits a byte": number(records.tables[f"eval/{name}"].last("bits_per_byte"))
               for name in records.domains}
     if "speed" in records.tables:
@@ -516,22 +812,22 @@ def _rows(keys, columns: list[dict[str, str]], missing: str) -> str:
       f"<td>{html.escape(column.get(key, missing))}</td>" for column in columns) + "</tr>" for key in keys)
 
 
-def _config_table(configs: dict[str, dict | None]) -> str:
-  """The fields in which the runs differ."""
-  def flat(values, prefix=""):
-    for key, value in (values or {}).items():
-      if isinstance(value, dict):
-        yield from flat(value, f"{prefix}{key}.")
-      else:
-        yield prefix + key, json.dumps(value)
+def _flat(values: dict | None, prefix: str = "") -> dict[str, str]:
+  """`model.router.top_k` -> its value as JSON."""
+  found = {}
+  for key, value in (values if isinstance(values, dict) else {}).items():
+    found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: json.dumps(value)}
+  return found
 
-  columns = [dict(flat(kept)) for kept in configs.values()]
-  keys = sorted({key for column in columns for key in column})
-  different = [key for key in keys if len({column.get(key) for column in columns}) > 1]
-  head = "<tr><th>config</th>" + "".join(f"<th>{html.escape(run)}</th>" for run in configs) + "</tr>"
+
+def _config_table(configs: dict[str, dict[str, str]]) -> str:
+  """The fields in which the runs differ."""
+  different = _different(configs)
   if not different:
     return "<p>Their configs are equal.</p>"
-  return f"<h2>What differs in their configs</h2><table class=figures>{head}{_rows(different, columns, '-')}</table>"
+  head = "<tr><th>config</th>" + "".join(f"<th>{html.escape(run)}</th>" for run in configs) + "</tr>"
+  rows = _rows(different, list(configs.values()), "-")
+  return f"<h2>What differs in their configs</h2><table class=figures>{head}{rows}</table>"
 
 
 def _write_page(folder: epath.Path, title: str, body: str, refresh_seconds: int) -> epath.Path:

@@ -13,11 +13,11 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import fnmatch
 import functools
 import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
@@ -28,6 +28,7 @@ import numpy as np
 import tensorstore as ts
 
 from moe.errors import UserError, storage_errors
+from moe.run_dir import absolute
 
 COMMITTED = "commit_success.txt"  # Orbax's mark of a whole checkpoint on an object store
 FORMAT = 1  # of our checkpoints; a higher one is refused
@@ -63,9 +64,11 @@ class Source(Protocol):
     """The block [begin, end) of a leaf. Raises Unreadable."""
 
 
-def absolute(path) -> epath.Path:
-  """Orbax and TensorStore take no relative ones."""
-  return epath.Path(path) if "://" in str(path) else epath.Path(os.path.abspath(path))
+def listed(folder, pattern: str) -> list[epath.Path]:
+  """What in a folder has a name like the pattern, sorted. Unlike `glob` of etils it takes brackets in the name of the folder
+  for what they are."""
+  folder = epath.Path(folder)
+  return sorted(path for path in folder.iterdir() if fnmatch.fnmatchcase(path.name, pattern)) if folder.is_dir() else []
 
 
 def dtype_of(name: str) -> np.dtype:
@@ -164,7 +167,7 @@ class Safetensors:
     """The files that the index names, or all."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-      return sorted(folder.glob("*.safetensors"))
+      return listed(folder, "*.safetensors")
     try:
       named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
@@ -302,7 +305,7 @@ def saved_whole(step_folder: epath.Path) -> bool:
 
 def read_back(step_folder) -> str:
   """What became of reading the checkpoint back: good | bad | not read back."""
-  return next((mark for mark in ("bad", "good") if any(epath.Path(step_folder).glob(f"{mark}.*"))), "not read back")
+  return next((mark for mark in ("bad", "good") if listed(step_folder, f"{mark}.*")), "not read back")
 
 
 def find(path) -> Found:
@@ -314,7 +317,7 @@ def find(path) -> Found:
   path = absolute(path)
   if not path.exists():
     raise Unreadable(f"{path} does not exist")
-  if path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors"))):
+  if path.suffix == ".safetensors" or listed(path, "*.safetensors"):
     return Found(Safetensors(path), path, None, read_json(path / "config.json") if path.is_dir() else None)
   if _is_item(path):
     return _step(path.parent, path)

@@ -8,17 +8,22 @@ from __future__ import annotations
 import sys
 
 from moe import hardware
+from moe import run_dir as run_dir_lib
 
 if __name__ == "__main__":
   if "--supervise" in sys.argv:
     from moe.snapshot import supervisor
 
     sys.exit(supervisor.main())
+  if finished := run_dir_lib.finished(sys.argv[1:]):
+    print(finished)
+    sys.exit()
   hardware.use_huge_pages()  # starts the program again, so before the imports that take seconds
 
 # ruff: noqa: E402
 import argparse
 import contextlib
+import dataclasses
 import inspect
 import json
 import logging
@@ -44,22 +49,31 @@ from moe import experts
 from moe import generate
 from moe import gin_config
 from moe import metrics as metrics_lib
+from moe import preflight
+from moe import schedules
 from moe import sharding
 from moe import sizes
 from moe import step as step_lib
+from moe import terminal
 from moe.config import ConfigError
 from moe.data import pipeline
 from moe.data import tokenizers
 from moe.data.records import DataError
+from moe.errors import storage_errors
 from moe.kernels import plan as kernel_plan
 from moe.routing import analysis
 from moe.snapshot import client as snapshot_client
 
-OK, USAGE, DATA, CHECKPOINT, NUMERICS, CRASH, PREEMPTED = 0, 2, 3, 4, 5, 13, 143
+OK, USAGE, DATA, CHECKPOINT, NUMERICS, CRASH, INTERRUPTED, PREEMPTED = 0, 2, 3, 4, 5, 13, 130, 143
+_RATE_JUMP = 0.02  # of the learning rate at a resume, from which on it is said
 _MAX_SKIPPED_STEPS = 20  # in a row, by the guard of moe/step.py, before going back to the snapshot or giving up
 
 class Preempted(Exception):
   """SIGTERM arrived and the state is saved."""
+
+
+class Interrupted(Preempted):
+  """Ctrl-C, and the state is saved."""
 
 
 class NumericsError(Exception):
@@ -75,40 +89,39 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
     jax.distributed.initialize(*command_line.hosts(arguments.multihost), **_coordination(arguments))
   first_host = jax.process_index() == 0
   mesh = sharding.make_mesh(run.mesh)
-  sharding.check_run(run, mesh)
-  profile = _profile_window(arguments.profile_steps)
+  profile = command_line.profile_window(arguments.profile_steps)
 
-  # ------------------------------------------------------------------------------------------------------------ data
-  batch_sharding = sharding.batch_sharding(mesh)
-  batch_shape = (run.data.batch_sequences, run.data.sequence_tokens)
-  host_part = sharding.host_part(batch_sharding, batch_shape)
-  loader = pipeline.Loader(run.data, run.train.seed, *host_part)
-  tokenizer = tokenizers.load(run.data.tokenizer)
-  if tokenizer.vocab_size > run.model.vocab_size:
-    raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids but Model.vocab_size = {run.model.vocab_size}; "
-                      f"set it to at least {tokenizer.vocab_size}")
+  # ------------------------------------------------------------------------------------- what it will need, opened now
+  inputs = preflight.open_inputs(run, mesh)
+  loader, tokenizer = inputs.loader, inputs.tokenizer
+  abstract = step_lib.abstract_state(run, mesh)
+  of_source = checkpoint_lib.check_source(arguments.init_from, abstract.params, run) if arguments.init_from else []
+  notes = [*resolved.notes, *inputs.notes, *of_source]
   if arguments.dry_run:
-    print(_summary(run, mesh, "dry run: config, mesh and data are fine"))
+    _say_dry_run(run, mesh, notes, tokenizer)
     return
 
   # ---------------------------------------------------------------------------------------------------- run directory
-  run_dir = _run_dir(arguments.run_dir)
+  run_dir = run_dir_lib.choose(arguments.run_dir, jax.process_count())
+  # Under a supervisor the directory is its own, for all of its trainers.
+  owned = first_host and command_line.SUPERVISED not in os.environ
+  owner = run_dir_lib.Owner(run_dir) if owned else contextlib.nullcontext()
   saver = checkpoint_lib.Checkpointer(run_dir / "checkpoints", run.checkpoint)
   _check_resume(arguments.resume, run_dir, saver)
-  if first_host:
-    _write_description(run_dir, run, resolved)
-  recorder = metrics_lib.Recorder(run_dir, active=first_host)
+  recorder = metrics_lib.Recorder(run_dir, active=first_host, **dataclasses.asdict(run.observers))
   recorder.terminal.say(_summary(run, mesh, f"run {run_dir}"))
-  for note in resolved.notes:
+  notes += filter(None, [hardware.use_compile_cache()])
+  for note in notes:
     recorder.terminal.say(f"note: {note}")
   snapshots.watch(run_dir)
-  hardware.use_compile_cache()
 
   peak, peak_source = hardware.peak_flops(list(mesh.devices.flat))  # before set_mesh: it uses the devices one by one
+  batch_sharding = sharding.batch_sharding(mesh)
+  batch_shape = (run.data.batch_sequences, run.data.sequence_tokens)
+  host_part = sharding.host_part(batch_sharding, batch_shape)
 
-  with jax.set_mesh(mesh), contextlib.closing(recorder), contextlib.closing(loader), saver:
+  with owner, jax.set_mesh(mesh), contextlib.closing(recorder), contextlib.closing(loader), saver:
     # -------------------------------------------------------------------------------------------------- state, restored
-    abstract = step_lib.abstract_state(run, mesh)
     for line in snapshots.attach(abstract, run):
       recorder.terminal.say(line)
     with clock.measure("restore"):
@@ -118,6 +131,8 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
       _check_batch(restored.data, run)
       loader.restore(restored.data)
       recorder.terminal.say(f"resumed at step {start}, every leaf equal to what was saved")
+      for note in _rate_notes(run_dir, run, start):
+        recorder.terminal.say(f"note: {note}")
       recorder.event("restore", step=start)
     else:
       state, start = step_lib.init_state(run, mesh), 0
@@ -125,6 +140,10 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
         source_step, params = checkpoint_lib.restore_params(arguments.init_from, abstract.params)
         state = step_lib.TrainState(state.step, params, state.opt_state, state.guard)
         recorder.terminal.say(f"parameters from {arguments.init_from} (step {source_step})")
+    if first_host:  # after the restore: a config that is refused never ran
+      _write_description(run_dir, run, resolved)
+      tokenizers.save(tokenizer, run_dir / "tokenizer")  # the tools take this copy: the file itself may change
+      (run_dir / "DONE").unlink(missing_ok=True)
     loader.start()  # beside the compile
     snapshots.warm(state)
     recorder.event("start", step=start, devices=len(mesh.devices.flat), hosts=jax.process_count())
@@ -146,11 +165,33 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
         recorder.alarm(problem, step=step)
       recorder.event("save", step=step)
 
+    def leave(step: int) -> None:
+      save(step)
+      for problem in saver.wait():
+        recorder.alarm(problem)
+      recorder.event("preempted", step=step)
+      if first_host:
+        (run_dir / "PREEMPTED").write_text(f"{step}\n")
+      raise preemption.error(f"saved at step {step} in {run_dir}; the same command resumes")
+
     def evaluate_all(step: int, limit: int | None) -> dict[str, dict]:
       snapshots.beat("evaluate", step)
+      results = {}
       with clock.measure("evaluate"):
-        results = {d.name: evaluate.evaluate_domain(run, mesh, eval_step, state.params, d, tokenizer,
-                                                    limit_batches=limit) for d in run.data.domains}
+        for domain in inputs.evaluated:
+          with recorder.terminal.progress(f"evaluating {domain.name}", limit, "batches") as work:
+
+            def stop(work=work) -> bool:
+              work.advance()
+              return preemption.reached()
+
+            scored = evaluate.evaluate_domain(run, mesh, eval_step, state.params, domain, tokenizer, limit_batches=limit,
+                                              stop=stop)
+          if scored is None:
+            leave(step)
+          results[domain.name] = scored
+      if not results:
+        return {}
       for name, (result, shown) in results.items():
         recorder.metrics(f"eval/{name}", step, result)
         recorder.data(f"examples/{name}", step, examples=shown)
@@ -174,11 +215,15 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
         host_batch = next(loader)
         data_wait_seconds = time.monotonic() - wait_start
         batch = step_lib.Batch(*[sharding.global_array(field, host_part, batch_sharding, batch_shape) for field in host_batch])
-      with clock.measure("compile and first step" if step == start else "step"):
-        state, values = train_step(state, batch)
-        if step == start:
-          jax.block_until_ready(values)
-      pending.append({**values, "data_wait_seconds": data_wait_seconds})
+      if step == start:
+        with clock.measure("compile and first step"), recorder.terminal.waiting("compiling, then the first step"):
+          state, values = jax.block_until_ready(train_step(state, batch))
+      else:
+        with clock.measure("step"):
+          state, values = train_step(state, batch)
+      read = loader.domain_tokens() if first_host else {}
+      pending.append({**values, "data_wait_seconds": data_wait_seconds,
+                      **{f"domain_tokens/{name}": tokens for name, tokens in read.items()}})
       done = step + 1
       if step == start:
         seconds = time.time() - hardware.process_start()
@@ -226,7 +271,11 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
           rate = run.tokens_per_step / seconds
           speed = {"seconds_per_step": seconds, "tokens_per_second": rate, "mfu": flops * rate / peak}
           recorder.metrics("speed", at, {**speed, **{f"goodput/{k}": v for k, v in clock.table().items()}})
-          recorder.terminal.status(_status_line(run, done, record, speed, _bits_per_byte(record, host_batch, tokenizer)))
+          shown = {**record, **speed, "bits_per_byte": _bits_per_byte(record, host_batch, tokenizer)}
+          if mesh.devices.flat[0].platform == "cpu":
+            del shown["mfu"]  # of a peak that nobody knows
+          left = (run.train.steps - done) * seconds
+          recorder.terminal.status(metrics_lib.status_fields(done, run.train.steps, shown, left), done, run.train.steps)
           window_start, window_step = time.monotonic(), done
 
       for problem in saver.poll():
@@ -234,20 +283,14 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
       if profile and done == profile[1]:
         jax.block_until_ready(values)
         jax.profiler.stop_trace()
-      preempted = preemption.reached(done)
+      preempted = preemption.reached()
       with clock.measure("snapshot"):  # none while steps are skipped: a rewind should go before them
         for name, fields in [] if skipped else snapshots.take(done, state, loader.state, due=preempted):
           recorder.event(name, step=done, **fields)
           if name == "unprotected":
             recorder.alarm(f"no snapshot of step {done}: {fields['reason']}", step=done)
       if preempted:
-        save(done)
-        for problem in saver.wait():
-          recorder.alarm(problem)
-        recorder.event("preempted", step=done)
-        if first_host:
-          (run_dir / "PREEMPTED").write_text(f"{done}\n")
-        raise Preempted(f"SIGTERM: saved at step {done} in {run_dir}; the same command resumes")
+        leave(done)
       if run.train.eval_every_steps and done % run.train.eval_every_steps == 0 and done < run.train.steps:
         evaluate_all(done, run.train.eval_batches)
         window_start, window_step = time.monotonic(), done
@@ -261,7 +304,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
 
     # ------------------------------------------------------------------------------------------------------------- end
     save(run.train.steps)
-    results = evaluate_all(run.train.steps, None)
+    results = evaluate_all(run.train.steps, run.train.final_eval_batches or None)
     again = True
     while again:
       problems = saver.read_back()
@@ -271,15 +314,21 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
       if again:
         save(run.train.steps)
     recorder.event("end", step=run.train.steps, goodput=clock.table(), peak_flops=peak, peak_source=peak_source)
+    saved = saver.steps()
 
   if first_host:
     recorder.terminal.close()
-    _say_comparison(recorder.terminal, run, results)
+    _say_comparison(recorder.terminal, inputs.evaluated, results)
     if jax.process_count() == 1 and not run.model.lookahead:  # else the parameters are spread over hosts: tools.sample
       _say_sample(recorder.terminal, run, state.params, tokenizer)
     from moe import report  # matplotlib: not while a recovery waits
 
-    recorder.terminal.say(f"\nreport: {report.write(run_dir)}")
+    recorder.terminal.say("\n" + report.write_at_the_end(run_dir))
+  if run.train.steps not in saved:
+    raise checkpoint_lib.CheckpointError(
+        f"all {run.train.steps} steps are done, but the last checkpoint could not be saved; there are {saved or 'none'}: make "
+        "room, and the same command goes on from the newest")
+  if first_host:
     for stale in ("PREEMPTED", "FAILED"):
       (run_dir / stale).unlink(missing_ok=True)
     (run_dir / "DONE").write_text(f"{run.train.steps}\n")
@@ -301,23 +350,14 @@ def _coordination(arguments: argparse.Namespace) -> dict:
   return found
 
 
-def _profile_window(text: str | None) -> tuple[int, int] | None:
-  if text is None:
-    return None
-  begin, _, end = text.partition(":")
-  if not (begin.isdigit() and end.isdigit() and int(begin) < int(end)):
-    raise ConfigError(f"--profile_steps={text} is not A:B with A < B, such as 10:13")
-  return int(begin), int(end)
-
-
-def _run_dir(given: str | None) -> epath.Path:
-  path = epath.Path(given or time.strftime("runs/%Y%m%d-%H%M%S"))
-  path = path if "://" in str(path) else epath.Path(os.path.abspath(path))
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise ConfigError(f"--run_dir={path} cannot be made: {error.strerror}") from error
-  return path
+def _say_dry_run(run: config.Run, mesh, notes: list[str], tokenizer) -> None:
+  """What would be trained, on what, and what a person should know before."""
+  print(_summary(run, mesh, "dry run: config, mesh and data are fine"))
+  domains = preflight.domains(run, tokenizer)
+  for domain in domains:
+    print(f"data: {domain.line()}")
+  for note in notes + preflight.repeats(domains):
+    print(f"note: {note}")
 
 
 def _restore(snapshots, saver, abstract, run: config.Run, recorder):
@@ -345,20 +385,38 @@ def _check_resume(mode: str, run_dir: epath.Path, saver: checkpoint_lib.Checkpoi
   steps = saver.steps()
   if mode == "must" and not steps:
     raise checkpoint_lib.CheckpointError(f"--resume=must, but {run_dir} holds no checkpoint")
-  if mode == "never" and steps:
-    raise checkpoint_lib.CheckpointError(f"--resume=never, but {run_dir} holds checkpoints of steps {steps}; choose "
-                                         "another --run_dir, nothing is overwritten")
+  if mode == "never" and (steps or run_dir_lib.holds_a_run(run_dir)):
+    held = f"checkpoints of steps {steps}" if steps else "the records of a run"
+    raise checkpoint_lib.CheckpointError(f"--resume=never, but {run_dir} holds {held}; choose another --run_dir, nothing is "
+                                         "overwritten")
+
+
+def _rate_notes(run_dir: epath.Path, run: config.Run, step: int) -> list[str]:
+  """What to say where the learning rate jumps at a resume, because the schedule is not the one the run had until then."""
+  try:  # of the start before this one
+    before = config.from_dict(config.Run, json.loads((run_dir / "config.json").read_text()))
+  except (*storage_errors(), ValueError, ConfigError):  # there is none, or one of an older version
+    return []
+  old, new = (float(schedules.learning_rate(r.optimizer, r.tokens_per_step, r.train.steps)(step)) for r in (before, run))
+  if math.isclose(old, new, rel_tol=_RATE_JUMP, abs_tol=1e-12):
+    return []
+  changed = config.differences(config.to_dict(before.optimizer), config.to_dict(run.optimizer), "optimizer")
+  changed += config.differences(before.train.steps, run.train.steps, "train.steps")
+  return [f"the learning rate of step {step} was to be {old:.3g} and is {new:.3g}: the schedule changed "
+          f"({'; '.join(changed)}); to train on from a decayed run, begin a new one from its parameters: --init_from with "
+          "another --run_dir"]
 
 
 def _write_description(run_dir: epath.Path, run: config.Run, resolved: gin_config.Resolved) -> None:
-  """config.gin, config.json, command.txt and env.json."""
-  (run_dir / "config.gin").write_text(resolved.operative)
-  (run_dir / "config.json").write_text(json.dumps(config.to_dict(run), indent=1) + "\n")
-  (run_dir / "command.txt").write_text(shlex.join(sys.orig_argv) + "\n")
+  """config.gin, config.json, command.txt and env.json, of this start."""
   git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(__file__), capture_output=True, text=True)
-  environment = {"python": sys.version, "jax": jax.__version__, "devices": [str(d) for d in jax.devices()],
-                 "hosts": jax.process_count(), "commit": git.stdout.strip() or None}
-  (run_dir / "env.json").write_text(json.dumps(environment, indent=1) + "\n")
+  counted, devices = sizes.sizes(run.model), jax.devices()
+  environment = {"python": sys.version, "jax": jax.__version__, "devices": [str(device) for device in devices],
+                 "device_kind": devices[0].device_kind, "hosts": jax.process_count(), "commit": git.stdout.strip() or None,
+                 "parameters": counted.total, "active_parameters": counted.active}
+  run_dir_lib.keep_start(run_dir, {
+      "config.gin": resolved.operative, "config.json": json.dumps(config.to_dict(run), indent=1) + "\n",
+      "command.txt": shlex.join(sys.orig_argv) + "\n", "env.json": json.dumps(environment, indent=1) + "\n"})
 
 
 def _summary(run: config.Run, mesh, title: str) -> str:
@@ -411,18 +469,29 @@ class _Replay(NamedTuple):
 
 
 class _Preemption:
-  """SIGTERM on any host; all hosts agree on the step at which they save."""
+  """SIGTERM or Ctrl-C on any host; all hosts agree on the place in the program at which they save."""
 
   def __init__(self, multihost: bool):
-    self._multihost, self._seen = multihost, False
-    if not multihost:  # else jax.distributed has installed its own handler
-      signal.signal(signal.SIGTERM, self._note)
+    self._multihost, self._signal, self._asked = multihost, None, 0
+    if multihost:  # jax.distributed has installed its own handler
+      return
+    signal.signal(signal.SIGTERM, self._note)
+    # The supervisor turns a Ctrl-C, which the terminal sends to both, into SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN if command_line.SUPERVISED in os.environ else self._note)
 
   def _note(self, signum, frame):
-    self._seen = True
+    self._signal = signum
+    if signum == signal.SIGINT:
+      signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one does not wait
 
-  def reached(self, step: int) -> bool:
-    return multihost_utils.reached_preemption_sync_point(step) if self._multihost else self._seen
+  def error(self, text: str) -> Preempted:
+    """What ends the program."""
+    return Interrupted(f"Ctrl-C: {text}") if self._signal == signal.SIGINT else Preempted(f"SIGTERM: {text}")
+
+  def reached(self) -> bool:
+    """Whether to stop here. All hosts ask it equally often: the number of the question is the place."""
+    self._asked += 1
+    return multihost_utils.reached_preemption_sync_point(self._asked) if self._multihost else self._signal is not None
 
 
 def _gather(state: dict) -> list[dict]:
@@ -443,18 +512,11 @@ def _bits_per_byte(record: dict, host_batch, tokenizer) -> float:
   return float(record["loss"]) / math.log(2) * (segments > 0).sum() / max(len(text.encode()), 1)
 
 
-def _status_line(run: config.Run, done: int, record: dict, speed: dict, bits_per_byte: float) -> str:
-  left = (run.train.steps - done) * speed["seconds_per_step"]
-  return (f"step {done}/{run.train.steps}  loss {record['loss']:.4f}  {bits_per_byte:.3f} bits/byte  "
-          f"{speed['tokens_per_second']:,.0f} tok/s  MFU {speed['mfu']:.1%}  balance {record['balance']:.3f}  "
-          f"max/mean load {record['load_max']:.2f}  dropped {record['dropped']:.2%}  ETA {metrics_lib.duration(left)}")
-
-
 # ---------------------------------------------------------------------------------------------------------------- end
 
 
-def _say_comparison(terminal, run: config.Run, results: dict[str, dict]) -> None:
-  for domain in run.data.domains:
+def _say_comparison(terminal, domains: tuple[config.Domain, ...], results: dict[str, dict]) -> None:
+  for domain in domains:
     table = evaluate.compressors(domain)
     ours = results[domain.name]["bits_per_byte"]
     terminal.say(f"\n{domain.name}, validation, bits per byte      this model {ours:.3f}")
@@ -465,7 +527,7 @@ def _say_comparison(terminal, run: config.Run, results: dict[str, dict]) -> None
 
 
 def _say_sample(terminal, run: config.Run, params, tokenizer, count: int = 300) -> None:
-  prompt = np.array([tokenizer.eos], np.int32)
+  prompt = np.array([tokenizer.bos], np.int32)
   made = generate.sample(run.model, params, prompt, count, vocab_size=tokenizer.vocab_size, seed=run.train.seed)
   terminal.say("\nsample:\n" + tokenizer.decode(made.ids))
 
@@ -475,6 +537,7 @@ def _say_sample(terminal, run: config.Run, params, tokenizer, count: int = 300) 
 
 def main(argv: list[str] | None = None) -> int:
   """Returns the exit code; every user's error is one line."""
+  terminal.prepare_streams()
   logging.getLogger("absl").setLevel(logging.CRITICAL)
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # TensorStore's writers, after a failed save
   arguments, rest = command_line.parse(sys.argv[1:] if argv is None else argv)
@@ -492,8 +555,11 @@ def main(argv: list[str] | None = None) -> int:
   except tuple(_CODES) as error:
     if arguments.traceback:
       raise
-    print(f"{_CODES[type(error)][1]}: {error}", file=sys.stderr)
+    terminal.complain(f"{_CODES[type(error)][1]}: {error}")
     code = _CODES[type(error)][0]
+  except KeyboardInterrupt:
+    terminal.complain("stopped by Ctrl-C; the same command goes on from the last checkpoint")
+    code = INTERRUPTED
   except Exception:
     if not supervised:
       raise
@@ -509,6 +575,7 @@ def main(argv: list[str] | None = None) -> int:
 _CODES = {
     ConfigError: (USAGE, "config error"), DataError: (DATA, "data error"), NumericsError: (NUMERICS, "numerics error"),
     checkpoint_lib.CheckpointError: (CHECKPOINT, "checkpoint error"), Preempted: (PREEMPTED, "preempted"),
+    Interrupted: (INTERRUPTED, "stopped"),
 }
 
 

@@ -8,10 +8,12 @@ ROOT = pathlib.Path(update_build.__file__).parents[1]
 
 # The rooms, lowest first: a file imports only from rooms before its own (or from its own folder).
 ORDER = ["moe/__init__.py", "moe/errors.py", "moe/config.py", "moe/gin_config.py", "moe/command_line.py", "moe/hardware.py",
-         "moe/sizes.py", "moe/jsonl.py", "moe/metrics.py",
+         "moe/run_dir.py", "moe/sizes.py", "moe/outlet.py", "moe/jsonl.py", "moe/boards.py", "moe/terminal.py",
+         "moe/metrics.py",
          "moe/sharding.py", "moe/kernels/", "moe/routing/", "moe/layers.py", "moe/data/", "moe/exchange.py", "moe/hooks.py",
          "moe/experts.py", "moe/model.py",
-         "moe/schedules.py", "moe/optimizer.py", "moe/step.py", "moe/stored.py", "moe/hugging_face.py", "moe/checkpoint.py",
+         "moe/schedules.py", "moe/optimizer.py", "moe/step.py", "moe/stored.py", "moe/hugging_face.py",
+         "moe/hugging_face_files.py", "moe/checkpoint.py", "moe/preflight.py",
          "moe/snapshot/", "moe/evaluate.py", "moe/generate.py",
          "moe/report.py", "moe/train.py", "moe/commands.py", "tools/", "tests/"]
 

@@ -15,6 +15,7 @@ from moe import hardware
 from moe import sharding
 from moe import step as step_lib
 from tools import compile_check
+from tools import overlap
 
 RESULT = {"jax": "1", "libtpu": "2", "topology": "v5p:2x2x1", "slices": 1, "hbm": {"peak_bytes": 1000},
           "collectives": [{"kind": "all-gather", "axes": ["fsdp"], "bytes": 500.0}]}
@@ -40,6 +41,32 @@ def test_each_step_has_a_budget_of_its_own(tmp_path):
       "peak_bytes: 900 bytes, budget 700"]
   assert sorted(json.loads(path.read_text())["run"]) == [
       "jax 1, libtpu 2, v5p:2x2x1 x 1", "jax 1, libtpu 2, v5p:2x2x1 x 1, evaluation"]
+
+
+@pytest.mark.parametrize("source, shown", [
+    ("params.layers.experts.moe.gate", "params.layers.experts.moe.gate"), ("", "(made by the compiler)"),
+    ("jit(train_step)/jvp(Transformer)/while/body/closed_call/layers/moe/dot_general", "layers/moe/dot_general"),
+    ("jit(train_step)/transpose(jvp(Transformer))/checkpoint/rematted_computation/layers/add", "layers/add (backward)"),
+    ("jit(f)/while/body", "body"),
+    ("a_long_name_of_a_scope/" * 9 + "the_operation", ".../a_long_name_of_a_scope/a_long_name_of_a_scope/the_operation"),
+    ("x" * 200, "x" * 200)])
+def test_names_of_arrays_keep_their_end(source, shown):
+  assert compile_check.short_source(source) == shown
+
+
+def test_without_libtpu_it_is_one_line(monkeypatch, capsys):
+  monkeypatch.setattr(compile_check.importlib.util, "find_spec", lambda name: None)
+  assert compile_check.main(["--gin_file=configs/run/quickstart.gin", "--topology=v5p:2x2x1"]) == 2
+  assert capsys.readouterr().err.count("\n") == 1
+  with pytest.raises(config.ConfigError, match="pip install 'jax"):
+    overlap.main(["--gin_file=configs/run/rmoe_24_v5e_8.gin"])
+
+
+def test_a_run_config_names_its_pod_from_any_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert compile_check.pod(["configs/run/rmoe_24_v5e_8.gin"], None) == ("v5e:2x4", 1)
+  with pytest.raises(config.ConfigError, match="names no topology"):
+    compile_check.pod(["configs/run/quickstart.gin"], None)
 
 
 @pytest.mark.parametrize("flags, compiled", [
@@ -103,7 +130,7 @@ def test_out_of_memory():
   early = compile_check._out_of_memory(
       "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (46.95G) exceeds available HBM (15.75G).", state, chip)
   assert early["hbm"]["peak_bytes"] == int(46.95 * 2**30) + compile_check._local_bytes(state)
-  assert "state.params" in early["hbm"]["largest"][0]["source"]
+  assert early["hbm"]["largest"][0]["source"].startswith("params.layers.experts.moe.")
   late = compile_check._out_of_memory("""RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm. Exceeded.
   1. Size: 4.00G
      Operator: op_name="jit(train_step)/dot"

@@ -12,8 +12,9 @@ from tests import small
 # attention (4), group-limited choice (2), shared experts and their gate (2), QKV bias, the soft cap. The family of
 # routers added 16: the gate (4 with its options), the recurrent router (6) and the pre-gate (4) with their variants, the
 # selection bias, the micro mix and the capacity group, less the softmax order, which renormalize says already. The kernels
-# added one, the name that forces an attention, and the snapshots ten.
-NUMBER_OF_KNOBS = 133
+# added one, the name that forces an attention, and the snapshots ten; the bound of the last evaluation one, the token that begins
+# a document one, the observers four.
+NUMBER_OF_KNOBS = 139
 
 
 def classes():
@@ -43,10 +44,12 @@ def test_no_dict_fields_and_frozen():
     ({"moe_every": 2}, "d_ff must be set"),
     ({"dropout": 1.0}, "must be in [0, 1)"), ({"remat": "offload", "scan_unroll": 2}, "does not go with"),
     ({"experts": {"shared_gate": True}}, "needs shared experts"),
-    ({"vocab_size": "64"}, "Model.vocab_size = '64' is a str, not a int"),
-    ({"vocab_size": True}, "is a bool, not a int"),
+    ({"vocab_size": "64"}, "Model.vocab_size = '64' is a str, not an int"),
+    ({"vocab_size": True}, "is a bool, not an int"),
     ({"dropout": float("nan")}, "is not finite"),
     ({"router": {"balance_scope": "layer"}}, "'layer' is not one of"),
+    ({"router": {"gate": "sigmod"}}, "; did you mean 'sigmoid'?"),
+    ({"compute_dtype": "bf16"}, "; did you mean 'bfloat16'?"),
     ({"router": {"gate": "gshard"}}, "Router.gate = 'gshard' is not one of 'softmax', 'noisy', 'sigmoid', 'cosine'"),
     ({"router": {"gate": "expert_choice"}}, "a causal model would learn from what it must predict"),
     ({"router": {"gate": "soft"}}, "set Router.allow_lookahead = True"),
@@ -56,7 +59,7 @@ def test_no_dict_fields_and_frozen():
     ({"router": {"gate": "soft", "allow_lookahead": True, "balance_coef": 0.0}, "experts": {"capacity_factor": 1.0}},
      "do not apply to Router.gate = 'soft'"),
     ({"router": {"recurrent": {"cell": "gru"}, "pre_gate": {"d_model": 8, "d_ff": 8, "num_heads": 2}}},
-     "a pre-gate decides once for all layers, so there is nothing for a recurrent cell ('gru') to carry"),
+     "a pre-gate decides once for all layers, so there is nothing for Recurrent.cell = 'gru' to carry"),
     ({"router": {"recurrent": {"cell": "mamba"}}}, "Recurrent.cell = 'mamba' is not one of 'none', 'gru', 'lstm', 'rnn'"),
     ({"router": {"recurrent": {"carry": "half"}}}, "'half' is not one of 'gradient', 'detach', 'none'"),
     ({"router": {"pre_gate": {"d_model": 8}}}, "needs a d_ff > 0 (it is 0)"),
@@ -80,6 +83,8 @@ def test_refusals(changes, message):
     ({"optimizer": {"final_fraction": 7.0}}, "Optimizer.final_fraction = 7.0 is a share, at most 1"),
     ({"optimizer": {"schedule": "wsd"}}, "decay_tokens = 0 never comes to final_fraction = 0.1"),
     ({"data": {"domains": ()}}, "at least one domain"),
+    ({"train": {"final_eval_batches": -1}}, "Train.final_eval_batches = -1 must be at least 0"),
+    ({"train": {"eval_batches": 0}}, "Train.eval_batches = 0 must be at least 1"),
     ({"mesh": {"data": 0}}, "sizes are positive"),
     ({"mesh": {"data": -1, "fsdp": -1}}, "at most one is -1"),
 ])
@@ -87,6 +92,12 @@ def test_run_refusals(changes, message):
   with pytest.raises(config.ConfigError) as error:
     small.run(**changes)
   assert message in str(error.value)
+
+
+def test_layers_with_experts_have_the_models_own_numbers():
+  assert [small.model().moe_layer_name(i) for i in range(2)] == ["layer 0", "layer 1"]
+  model = small.model(num_layers=7, num_dense_layers=3, moe_every=2, d_ff=8)
+  assert [model.moe_layer_name(i) for i in range(2)] == ["layer 4 (MoE layer 1 of 2)", "layer 6 (MoE layer 2 of 2)"]
 
 
 def test_dict_round_trip():

@@ -1,4 +1,4 @@
-"""Data: exact resume, any number of hosts, packing, windows, tokenizers, and damaged files."""
+"""Data: exact resume, any number of hosts, packing, windows, and damaged files."""
 
 import json
 import pathlib
@@ -297,28 +297,6 @@ def test_evaluation_covers_the_split(domains):
   assert len(list(evaluation.batches(path, "validation", tokenizer, 16, 4, limit=2))) == 2
 
 
-# ------------------------------------------------------------------------------------------------------- tokenizers
-
-
-@pytest.mark.parametrize("text", ["", "plain", "tabs\t and  spaces\n\n", "Ünïcode ∑ 漢字 🙂", "\x00\x7f"])
-def test_tokenizers_are_lossless(text, tmp_path):
-  path = tmp_path / "bpe.json"
-  tokenizers.train_bpe(["the quick brown fox " * 20, "jumps over the dog " * 20], 300, path)
-  for tokenizer in (tokenizers.ByteTokenizer(), tokenizers.load(str(path))):
-    ids = tokenizer.encode(text)
-    assert ids.dtype == np.int32 and (ids < tokenizer.vocab_size).all() and tokenizer.eos not in ids
-    assert tokenizer.decode([tokenizer.eos, *ids, tokenizer.eos]).replace("</s>", "") == text
-
-
-def test_byte_ids_are_those_of_byt5():
-  assert tokenizers.ByteTokenizer().encode("Aé").tolist() == [0x41 + 3, 0xC3 + 3, 0xA9 + 3]
-
-
-def test_bad_tokenizers(tmp_path):
-  with pytest.raises(DataError, match="cannot be read"):
-    tokenizers.load(str(tmp_path / "none.json"))
-
-
 # ---------------------------------------------------------------------------------------------------- embedded, files
 
 
@@ -331,40 +309,6 @@ def test_king_james():
   assert splits["test"][-1].source == "kjv/Rev22"
   with pytest.raises(DataError, match="there is no embedded corpus 'bible'"):
     embedded.resolve("embedded:bible")
-
-
-def test_build_data_formats(tmp_path, capsys):
-  from pyarrow import parquet, table
-  texts = [f"document {i}: Ünïcode" for i in range(200)]
-  (tmp_path / "a.jsonl").write_text("".join(json.dumps({"content": t}) + "\n" for t in texts))
-  parquet.write_table(table({"content": texts}), tmp_path / "a.parquet")
-  for i, text in enumerate(texts):
-    (tmp_path / f"{i:03}.txt").write_text(text)
-  found = {}
-  for kind, pattern in (("text", "*.txt"), ("jsonl", "a.jsonl"), ("parquet", "a.parquet")):
-    out = tmp_path / kind
-    assert build_data.main(["--domain=d", f"--output={out}", f"--format={kind}", "--field=content", "--held_out=0.1",
-                            str(tmp_path / pattern)]) == 0
-    found[kind] = {s: [d.text for d in records.read_documents(out, s)] for s in records.SPLITS}
-    assert build_data.main(["--verify", str(out)]) == 0
-  assert found["text"] == found["jsonl"] == found["parquet"]
-  assert sorted(t for split in found["text"].values() for t in split) == sorted(texts)
-  assert 5 < len(found["text"]["validation"]) < 40
-  with pytest.raises(DataError, match="exists already"):
-    build_data.main(["--domain=d", f"--output={tmp_path / 'text'}", str(tmp_path / "*.txt")])
-
-
-def test_build_data_mistakes(tmp_path):
-  (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": "no"}\n')
-  (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa")
-  base = ["--domain=d", f"--output={tmp_path / 'out'}"]
-  jsonl = ["--format=jsonl", str(tmp_path / "bad.jsonl")]
-  for extra, message in [(jsonl, r"bad.jsonl:2 has no text field 'text' \(it has txt\)"),
-                         ([str(tmp_path / "latin.txt")], "latin.txt cannot be read as text"),
-                         ([str(tmp_path / "none*.txt")], "no file matches")]:
-    with pytest.raises(DataError, match=message):
-      build_data.main(base + extra)
-    assert not (tmp_path / "out").exists()
 
 
 def damaged(domains, tmp_path):

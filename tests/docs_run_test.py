@@ -3,6 +3,8 @@
 What a machine without a TPU, a cloud or hours of time cannot do has a stand-in: `python -m tests.docs_run_test` lists them.
 """
 
+import gzip
+import json
 import os
 import pathlib
 import re
@@ -11,7 +13,9 @@ import shutil
 import subprocess
 import sys
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from tests import docs_test
 from tests import small
@@ -74,9 +78,29 @@ def place(tmp_path_factory):
   for i in range(30):
     (folder / "texts" / f"{i}.txt").write_text(f"Text number {i}.\n" * 20)
   (folder / "crawl-0.jsonl").write_text("".join(f'{{"content": "Page {i} of the crawl."}}\n' for i in range(60)))
+  make_mixed(folder)
   run(["python", "-m", "tools.import_hf", "path/to/hf_model", "--out=runs/imported"], folder)
   run(["python", "-m", "tools.inspect_checkpoint", "convert", "runs/mine", "--out=small", "--params_only"], folder)
   return folder
+
+
+def make_mixed(folder) -> None:
+  """What docs/your_data.md speaks of: a folder of files of several kinds, the domain and tokenizer of it, and its config."""
+  texts = [f"Note {i}: {'words of a note, ' * (i % 9 + 1)}" for i in range(200)]
+  records = [json.dumps({"text": text}) for text in texts]
+  for name in ("mixed", "more"):
+    (folder / name).mkdir()
+  for i, text in enumerate(texts[:50]):
+    (folder / "mixed" / f"{i}.txt").write_text(text)
+  (folder / "mixed" / "forum.jsonl.gz").write_bytes(gzip.compress("\n".join(records[50:100]).encode()))
+  (folder / "mixed" / "notes.json").write_text(f"[{','.join(records[100:150])}]")
+  parquet.write_table(pyarrow.table({"text": texts[150:]}), folder / "mixed" / "pages.parquet")
+  (folder / "more" / "a.txt.gz").write_bytes(gzip.compress(texts[0].encode()))
+  page = (ROOT / "docs" / "your_data.md").read_text()
+  (folder / "data" / "notes.gin").write_text(re.search(r"```\n(include.*?)```", page, re.S)[1])
+  build = ["python", "-m", "tools.build_data"]
+  run([*build, "--domain=notes", "--output=data/notes", "--held_out=0.05", "mixed"], folder)
+  run([*build, "--train_tokenizer=data/notes.json", "--vocab_size=1024", "data/notes"], folder)
 
 
 def environment() -> dict[str, str]:

@@ -1,9 +1,11 @@
-"""A stand-in for gcloud: queued resources whose hosts are processes here, and buckets that are folders.
+"""A stand-in for gcloud and the TPU API: queued resources whose hosts are processes here, and buckets that are folders.
 
 `install(folder)` puts a `gcloud` into a folder for PATH. FAKE_CLOUD is where its state lives: every command is noted in
-`commands.jsonl`; hosts run the startup script they were created with.
+`commands.jsonl`; hosts run the startup script they were created with. `serve(cloud)` is the metadata server and the TPU API
+that hosts speak to; what they ask of it is noted in `api.jsonl`.
 """
 
+import contextlib
 import fnmatch
 import json
 import os
@@ -13,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 CLOUD = pathlib.Path(os.environ.get("FAKE_CLOUD", "/nonexistent"))
@@ -22,7 +25,7 @@ BEFORE_ACTIVE = ("ACCEPTED", "PROVISIONING")
 def install(folder: pathlib.Path) -> pathlib.Path:
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / "gcloud"
-  path.write_text(f"#!/bin/sh\nexec {sys.executable} {pathlib.Path(__file__).resolve()} \"$@\"\n")
+  path.write_text(f"#!/bin/sh\nexec {sys.executable} -I -S {pathlib.Path(__file__).resolve()} \"$@\"\n")
   path.chmod(0o755)
   return folder
 
@@ -79,9 +82,10 @@ def boot(name: str, told: dict) -> None:
                         f"MEGASCALE_SLICE_ID: '{s}'\n" if len(told["nodes"]) > 1 else "")}
       kept = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS",)}
       with open(home / "console.txt", "w") as console:
+        told_by_us = {"MOE_VM_METADATA": json.dumps(attributes), "MOE_VM_HOME": str(home), "MOE_VM_PORT": str(port),
+                      "MOE_VM_POLL_SECONDS": os.environ.get("FAKE_POLL", "0.3"), "JAX_PLATFORMS": "cpu"}
         process = subprocess.Popen(["bash", "startup.sh"], cwd=home, stdout=console, stderr=console, start_new_session=True,
-                                   env={**kept, "MOE_VM_METADATA": json.dumps(attributes), "MOE_VM_HOME": str(home),
-                                        "MOE_VM_PORT": str(port), "MOE_VM_POLL_SECONDS": "0.3", "JAX_PLATFORMS": "cpu"})
+                                   env={**kept, **told_by_us})
       told["pids"].append(process.pid)
 
 
@@ -144,7 +148,7 @@ def delete(name: str) -> int:
   if not resource(name).exists():
     return missing()
   power_off(json.loads(resource(name).read_text()))
-  resource(name).unlink()
+  resource(name).unlink(missing_ok=True)  # the API and gcloud may be asked at once
   return 0
 
 
@@ -173,10 +177,11 @@ def storage(verb: str, arguments: list[str]) -> int:
     shutil.copyfile(file_of(source), target)
     return 0
   if verb == "cat":
-    if not file_of(arguments[0]).exists():
-      return missing()
-    sys.stdout.buffer.write(file_of(arguments[0]).read_bytes())
-    return 0
+    pattern = file_of(arguments[0])
+    found = sorted(pattern.parent.glob(pattern.name)) if pattern.parent.exists() else []
+    for path in found:
+      sys.stdout.buffer.write(path.read_bytes())
+    return 0 if found else missing()
   if verb == "ls":
     root = CLOUD / "buckets"
     for path in sorted(p for p in root.rglob("*") if p.is_file() and not p.name.startswith(".")):
@@ -187,6 +192,62 @@ def storage(verb: str, arguments: list[str]) -> int:
   return 1
 
 
+# ----------------------------------------------------------------------------------------------------- what VMs speak to
+
+
+@contextlib.contextmanager
+def serve(cloud: pathlib.Path):
+  """A context whose value are the environment variables that point hosts here. A file `forbidden` in the cloud's folder takes
+  the service account's rights away."""
+
+  import http.server  # not for every command of gcloud
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+
+    def do_GET(self):
+      if self.path.endswith("/default/token"):
+        self._answer(200 if self.headers["Metadata-Flavor"] == "Google" else 403, {"access_token": "secret"})
+      else:
+        self._asked(delete_it=False)
+
+    def do_DELETE(self):
+      self._asked(delete_it=True)
+
+    def _asked(self, delete_it: bool):
+      global CLOUD
+      CLOUD = cloud
+      cloud.mkdir(parents=True, exist_ok=True)
+      with open(cloud / "api.jsonl", "a") as file:
+        file.write(json.dumps([self.command, self.path]) + "\n")
+      name, _, query = self.path.rpartition("/")[2].partition("?")
+      if self.headers["Authorization"] != "Bearer secret" or (cloud / "forbidden").exists():
+        self._answer(403, {})
+      elif not resource(name).exists():
+        self._answer(404, {})
+      else:
+        self._answer(200, {})
+        if delete_it and query == "force=true":  # without it the API refuses a resource with nodes
+          threading.Timer(0.2, delete, [name]).start()
+
+    def _answer(self, code: int, value: dict):
+      self.send_response(code)
+      self.end_headers()
+      self.wfile.write(json.dumps(value).encode())
+
+    def log_message(self, *_):
+      pass
+
+  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+  threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+  root = f"http://127.0.0.1:{server.server_port}"
+  try:
+    yield {"MOE_VM_METADATA_URL": f"{root}/computeMetadata/v1/instance/", "MOE_VM_TPU_API": f"{root}/v2/",
+           "MOE_VM_POWER_OFF": f"touch {cloud}/powered-off"}
+  finally:
+    server.shutdown()
+    server.server_close()
+
+
 def main(argv: list[str]) -> int:
   CLOUD.mkdir(parents=True, exist_ok=True)
   with open(CLOUD / "commands.jsonl", "a") as file:
@@ -194,7 +255,7 @@ def main(argv: list[str]) -> int:
   if (CLOUD / "unavailable").exists():  # as long as a test leaves that file there
     print("ERROR: (gcloud) UNAVAILABLE: The service is currently unavailable.", file=sys.stderr)
     return 1
-  plain, f = [a for a in argv if not a.startswith("--")], flags(argv)
+  plain, f = [a for a in argv if not a.startswith("--") and a != "alpha"], flags(argv)
   if plain[:3] == ["compute", "tpus", "queued-resources"]:
     verb, name = plain[3:5]
     return create(name, f) if verb == "create" else describe(name) if verb == "describe" else delete(name)

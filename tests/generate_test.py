@@ -9,6 +9,7 @@ import pytest
 
 from moe import config
 from moe import generate
+from moe import hugging_face_files
 from moe import model as model_lib
 from moe.data import tokenizers
 from tests import small
@@ -73,6 +74,27 @@ def test_a_text_longer_than_a_row_is_read_by_its_end():
     greedy(model, params, 12, row_tokens=2)
 
 
+def test_a_text_stops_at_the_first_of_its_ends():
+  """Over several chunks of decoded tokens; what was made before the end does not change, and nothing after it is kept."""
+  model = small.model()
+  params, count = parameters(model), 70
+  whole = greedy(model, params, count)
+  best, _ = best_next(model, params, np.concatenate([PROMPT, whole.ids]))
+  np.testing.assert_array_equal(whole.ids, best[len(PROMPT) - 1 : -1])
+  end = int(np.flatnonzero(~np.isin(whole.ids, whole.ids[:3]))[0])  # the first token that none of the first three is
+  stop = int(whole.ids[end])
+  for stops in ((stop,), (stop, 61), [np.int64(stop)]):
+    ended = greedy(model, params, count, stops=stops)
+    np.testing.assert_array_equal(ended.ids, whole.ids[: end + 1])
+    np.testing.assert_array_equal(ended.experts, whole.experts[:, : len(PROMPT) + end])
+    np.testing.assert_array_equal(ended.log_probabilities, whole.log_probabilities[: end + 1])
+  np.testing.assert_array_equal(greedy(model, params, count, stops=(61, 62)).ids, whole.ids)  # ids that are never made
+  some = greedy(model, params, count, enough=lambda ids: len(ids) >= 20)
+  assert 20 <= len(some.ids) < count and list(some.ids) == list(whole.ids[: len(some.ids)])
+  in_rows = greedy(model, params, end + 5, row_tokens=32, stops=(stop,))
+  np.testing.assert_array_equal(in_rows.ids, whole.ids[: end + 1])
+
+
 @pytest.mark.slow
 def test_without_a_capacity_both_ways_give_the_same():
   model = small.model()
@@ -88,11 +110,19 @@ def test_the_tool_notes_that_decoding_drops_nothing(factor, flags, noted, monkey
   run = small.run(length=16, model={"vocab_size": 264, "experts": {"capacity_factor": factor}})
   params = parameters(run.model)
   monkeypatch.setattr(restore, "load", lambda path: restore.Trained(run, 1, params, None, tokenizers.load("byte")))
-  asked = {}
-  monkeypatch.setattr(generate, "sample", lambda *a, **options: asked.update(options) or generate.Sample(
-      np.array([68]), np.zeros((2, 3, 2), int), np.zeros(1)))
+  monkeypatch.setattr(hugging_face_files, "run_folder", lambda path: None)
+  asked, models = {}, []
+
+  def made(model, *_, **options):
+    asked.update(options)
+    models.append(model)
+    return generate.Sample(np.array([68]), np.zeros((2, 3, 2), int), np.zeros(1))
+
+  monkeypatch.setattr(generate, "sample", made)
   assert sample.main(["run", "--tokens=1", "--prompt=a", *flags]) == 0
   told = capsys.readouterr()
   assert told.out == "aA\n"
   assert ("--as_trained decodes with the slots of a row of 16 tokens" in told.err) == noted
-  assert asked["row_tokens"] == (16 if flags else 0)
+  assert asked["row_tokens"] == (16 if flags else 0) and asked["stops"] == (1,)
+  assert sample.main(["run", "--tokens=1", "--prompt=a", "--past_end", "--dtype=bfloat16"]) == 0
+  assert asked["stops"] == () and models[-1].compute_dtype == "bfloat16"

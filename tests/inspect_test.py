@@ -18,6 +18,7 @@ from moe.errors import UserError
 from tests import small
 from tests.hugging_face_test import Arrays
 from tools import inspect_checkpoint
+from tools import leaf_names
 from tools import weight_health
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "hugging_face"
@@ -136,10 +137,98 @@ def test_sick_experts_are_named(run_dir, tmp_path, capsys):
   code, told = said(capsys, "experts", sick)
   assert code == 1 and len(told["troubles"]) == 3
   text = " ".join(told["troubles"])
-  assert "layer 0: the router column of expert 3" in text and "layer 1: experts 2 and 6 are alike" in text
-  assert "layer 1: expert 4 never had a gradient" in text
+  assert "layer 0, expert 3: router column all but zero" in text and "layer 1: experts 2 and 6 are alike" in text
+  assert "layer 1, expert 4: no gradient" in text
   assert inspect_checkpoint.main(["experts", str(sick), f"--png={tmp_path}/x.png"]) == 1
   assert (tmp_path / "x.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("factor, what, part", [
+    (40.0, "router column", "router.weight"), (1 / 40, "router column", "router.weight"), (9.0, "matrices", "down")])
+def test_an_outlier_is_sick(run_dir, tmp_path, capsys, factor, what, part):
+  name = f"params.layers.experts.moe.{part}"
+  changed = VALUES[name].copy()
+  place = (1, 2) if part == "down" else (1, slice(None), 2)
+  changed[place] *= factor
+  code, told = said(capsys, "experts", other(tmp_path, **{name: changed}))
+  assert code == 1 and len(told["troubles"]) == 1
+  assert told["troubles"][0].startswith(f"layer 1, expert 2: {what} of ") and "the layer's median" in told["troubles"][0]
+
+
+def test_outliers_are_few_among_healthy_norms():
+  """Negative control: norms that vary by a third, between layers by 8; and one that is 3.9 times its median."""
+  rng = np.random.default_rng(0)
+  norms = np.exp(rng.normal(0, 0.3, (60, 64))) * np.exp(rng.uniform(0, 2, (60, 1)))
+  assert not any(weight_health._outliers(norms))
+  for experts in (3, 4, 8):
+    norms = np.ones((2, experts))
+    norms[1, 0] = 3.9
+    assert weight_health._outliers(norms) == [[], []]
+    norms[1, 0] = 4.1
+    assert weight_health._outliers(norms) == [[], [0]]
+  assert weight_health._outliers(np.array([[1.0, np.nan, 0.0, 1.0]])) == [[]]  # named as dead and not finite
+  assert weight_health._outliers(np.full((1, 2), np.nan)) == [[]]
+
+
+def test_the_load_of_the_run_stands_beside(run_dir, tmp_path, capsys):
+  """Windows before the checkpoint's step count, those after it do not, and what a resume repeated counts once."""
+  folder = tmp_path / "run"
+  shutil.copytree(run_dir, folder)
+
+  def counts(*idle):
+    row = np.full((2, 8), 100)
+    row[:, 1] = 500
+    row[1, list(idle)] = 0
+    return row.tolist()
+
+  windows = [(0, 0, counts()), (1, 1, counts(3)), (2, 2, counts(3)), (2, 2, counts(3)), (3, 6, counts(3)), (7, 7, counts(4))]
+  with open(folder / "metrics.jsonl", "w") as file:
+    for first, step, table in windows:
+      file.write(json.dumps({"kind": "load", "step": step, "first_step": first, "expert_counts": table}) + "\n")
+  code, told = said(capsys, "experts", folder)
+  load = told["layers"][0]["load"]
+  assert (load["first_step"], load["last_step"]) == (0, 6) and load["counts"][1] == 4 * 500
+  assert code == 0 and not told["troubles"]  # expert 3 was chosen in step 0
+  assert said(capsys, "experts", folder / "checkpoints" / "3")[1]["layers"][1]["load"]["counts"][3] == 100
+  (folder / "metrics.jsonl").write_text("".join((folder / "metrics.jsonl").read_text().splitlines(keepends=True)[1:]))
+  code, told = said(capsys, "experts", folder)
+  assert code == 1 and told["troubles"] == ["layer 1, expert 3: chosen by no token in steps 1 to 6"]
+  inspect_checkpoint.main(["experts", str(folder), f"--png={tmp_path}/x.png"])
+  assert "its load in steps 1 to 6" in capsys.readouterr().out
+
+
+def test_layers_are_named_as_the_model_has_them(tmp_path, capsys):
+  run = small.run(model={"num_layers": 5, "num_dense_layers": 1, "moe_every": 2, "d_ff": 32})
+  checkpoint.write(tmp_path / "checkpoints" / "1", Arrays(values(run)), run)
+  told = said(capsys, "experts", tmp_path)[1]
+  assert [layer["name"] for layer in told["layers"]] == ["layer 2 (MoE layer 1 of 2)", "layer 4 (MoE layer 2 of 2)"]
+  told = said(capsys, "experts", GOLDEN / "deepseek_v3")[1]
+  assert told["layers"][0]["name"] == "layer 1 (MoE layer 1 of 2)"
+
+
+@pytest.mark.parametrize("text, names", [
+    ("first moment", []), ("second moment", ["opt_state.1.nu.layers.experts.moe.down"]),
+    ("exp_avg_sq", ["opt_state.1.nu.layers.experts.moe.down"]), ("nu", ["opt_state.1.nu.layers.experts.moe.down"]),
+    ("k_proj", ["params.layers.experts.attention.k"]), ("attention.k", ["params.layers.experts.attention.k"]),
+    ("lm_head", ["params.head"]), ("router", ["params.layers.experts.moe.router.selection_bias",
+                                              "params.layers.experts.moe.router.weight"]),
+    ("layers.*.k", ["params.layers.experts.attention.k"]), ("step,params.head", ["params.head", "step"]),
+    ("query,attention value", ["params.layers.experts.attention.q", "params.layers.experts.attention.v"]),
+    ("*moe.up", ["params.layers.experts.moe.up"])])
+def test_leaves_are_found_by_what_they_are(run_dir, capsys, text, names):
+  if names:
+    assert sorted(leaf["name"] for leaf in said(capsys, "ls", run_dir, f"--filter={text}")[1]["leaves"]) == names
+  else:
+    with pytest.raises(UserError, match="has no leaf"):
+      inspect_checkpoint.main(["ls", str(run_dir), f"--filter={text}"])
+
+
+def test_plain_names():
+  assert leaf_names.plain("opt_state.1.mu.layers.experts.attention.k") == "first moment of attention key, layers with experts"
+  assert leaf_names.plain("params.layers.dense_0.dense.up") == "feed-forward up, dense layers between (0)"
+  assert leaf_names.plain("model.layers.0.mlp.gate.weight") == "model.layers.0.mlp.gate.weight"  # not ours
+  shown = [leaf_names.plain(name) for name in VALUES]
+  assert len(set(shown)) == len(shown)
 
 
 def test_likeness_by_random_sums_finds_the_pair_among_many():
@@ -161,6 +250,13 @@ def test_cat(run_dir, capsys, tmp_path, text, index):
   np.testing.assert_allclose(said(capsys, "cat", run_dir, text)[1]["values"], expected)
   inspect_checkpoint.main(["cat", str(run_dir), text, f"--out={tmp_path}/x.npy"])
   np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), expected)
+
+
+def test_cat_means_the_parameter_not_its_moments(run_dir, capsys):
+  told = said(capsys, "cat", run_dir, "moe.down[0,1]")[1]
+  assert told["name"] == "params.layers.experts.moe.down[0,1]"
+  np.testing.assert_allclose(told["values"], VALUES["params.layers.experts.moe.down"][0, 1])
+  assert said(capsys, "cat", run_dir, "second moment[0,1]")[1]["name"] == "opt_state.1.nu.layers.experts.moe.down[0,1]"
 
 
 def test_diff(run_dir, tmp_path, capsys):
@@ -198,8 +294,7 @@ def test_an_expert_of_nan_is_named_alone(run_dir, tmp_path, capsys):
   sick = other(tmp_path, **{"params.layers.experts.moe.up": up, "params.layers.experts.moe.router.weight": router})
   code, told = said(capsys, "experts", sick)
   assert code == 1 and told["troubles"] == [
-      "layer 0: the matrices of expert 3 is all but zero or not finite",
-      "layer 1: the router column of expert 5 is all but zero or not finite"]
+      "layer 0, expert 3: matrices not finite", "layer 1, expert 5: router column not finite"]
   assert inspect_checkpoint.main(["experts", str(sick)]) == 1
 
 
@@ -335,8 +430,11 @@ def test_damage_is_one_line(run_dir, tmp_path, damage, verb, code, words):
     (("cat", "{run}", "params.head[99]"), "outside of axis 0"),
     (("cat", "{run}", "params.head[1,2,3]"), "has 3 axes, params.head has 2"),
     (("cat", "{run}", "params.head[x]"), "neither a number nor BEGIN:END"),
-    (("stats", "{run}", "--filter=nothing*"), "no leaf of"),
-    (("diff", "{run}", "{run}", "--filter=nothing*"), "no leaf of either"),
+    (("stats", "{run}", "--filter=nothing*"), "has no leaf 'nothing*'"),
+    (("stats", "{run}", "--filter=moe.gate,nothing"), "has no leaf 'nothing'"),
+    (("stats", "{run}", "--filter=,"), "no leaf of"),
+    (("cat", "{run}", "moe.gate,moe.up"), "may be any of 2 leaves: params.layers.experts.moe.gate, params"),
+    (("diff", "{run}", "{run}", "--filter=nothing*"), "either checkpoint has no leaf"),
     (("stats", "{run}", "--live"), "no live snapshots can be reached"),
     (("experts", "{run}/checkpoints/7/../../none"), "does not exist"),
 ])

@@ -1,8 +1,11 @@
 """Records: files of JSON lines that anything may have cut, and the bounded records of a long run with many experts."""
 
+import collections
 import functools
 import itertools
 import json
+import threading
+import time
 import tracemalloc
 
 from etils import epath
@@ -11,6 +14,7 @@ import pytest
 
 from moe import jsonl
 from moe import metrics
+from moe import outlet
 from moe import report
 
 SELECTIONS = 600  # in each layer and step
@@ -26,14 +30,12 @@ def counts_of(step: int) -> np.ndarray:
 
 def record_steps(run_dir, begin: int, end: int, saves=(), close=False) -> metrics.Recorder:
   """As the training loop does; without `close` as one that is killed after step `end - 1`. `saves`: steps done when saved."""
-  recorder = metrics.Recorder(epath.Path(run_dir))
-  recorder._board = None  # TensorBoard takes longer than all else here
+  recorder = metrics.Recorder(epath.Path(run_dir), tensorboard=False)
   for step in range(begin, end):
     recorder.metrics("train", step, {"loss": np.float32(2), "tokens": 100, "expert_counts": counts_of(step)})
     if step + 1 in saves:
       recorder.flush()
-  if close:
-    recorder.close()
+  recorder.close() if close else recorder._metrics.flush(10)
   return recorder
 
 
@@ -65,41 +67,113 @@ def test_damaged_lines_are_passed_over(tmp_path):
   assert list(jsonl.read(tmp_path / "none" / "a.jsonl")) == []
 
 
-def test_a_writer_ends_the_line_that_a_kill_cut(tmp_path):
-  path = epath.Path(tmp_path / "a.jsonl")
+def append(path, *records) -> None:
+  items = collections.deque(map(json.dumps, records))
+  jsonl.sink(epath.Path(path)).write(items)
+  assert not items
+
+
+def test_a_line_that_a_kill_cut_is_ended(tmp_path):
+  path = tmp_path / "a.jsonl"
   for whole in (b"", b'{"step": 0}\n', b'{"step": 0}\n{"st', b'{"step": 0}\n' + b'{"st' * 3000):
     path.write_bytes(whole)
-    jsonl.Writer(path).write({"step": 1})
-    jsonl.Writer(path).write({"step": 2})
-    assert [record["step"] for record in jsonl.read(path)] == [0, 1, 2][not whole :], whole[:30]
+    append(path, {"step": 1})
+    append(path, {"step": 2}, {"step": 3})
+    assert [record["step"] for record in jsonl.read(path)] == [0, 1, 2, 3][not whole :], whole[:30]
     assert b"\n\n" not in path.read_bytes()  # a whole line is not ended once more
 
 
-def test_a_full_disk_costs_the_records_it_refuses_alone(tmp_path, monkeypatch):
-  path = epath.Path(tmp_path / "a.jsonl")
-  writer, real = jsonl.Writer(path), type(path).open
-  writer.write({"step": 0})
+class Disk:
+  """Files that take `room` bytes; the write that fills it up takes a part, as on a real disk."""
 
-  class Full:
-    def __init__(self, file):
-      self._file = file
+  def __init__(self, monkeypatch, room: float):
+    self.room, self.fails_at_close = room, False
+    disk, real = self, open
 
-    def __enter__(self):
-      return self
+    class File:
+      def __init__(self, *arguments, **keywords):
+        self._file = real(*arguments, **keywords)
 
-    def __exit__(self, *_):
-      self._file.close()
+      def __getattr__(self, name):
+        return getattr(self._file, name)
 
-    def write(self, text):
-      self._file.write(text[: len(text) // 2])
-      raise OSError(28, "No space left on device")
+      def write(self, data):
+        if disk.room < 1:
+          raise OSError(28, "No space left on device")
+        count = self._file.write(data[: int(min(disk.room, 1e9))])
+        disk.room -= count
+        return count
 
-  monkeypatch.setattr(type(path), "open", lambda self, mode="r": Full(real(self, mode)) if mode == "a" else real(self, mode))
-  with pytest.raises(OSError, match="No space"):
-    writer.write({"step": 1})
-  monkeypatch.undo()
-  writer.write({"step": 2})
-  assert [record["step"] for record in jsonl.read(path)] == [0, 2]
+      def close(self):
+        self._file.close()
+        if disk.fails_at_close:
+          raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(jsonl, "open", File, raising=False)
+
+
+def test_a_full_disk_costs_no_record(tmp_path, monkeypatch):
+  """Wherever in a line it is full: the rest waits, and goes when there is room."""
+  path = tmp_path / "a.jsonl"
+  for room in (0, 5, 11, 12, 17, 30, 46):
+    path.unlink(missing_ok=True)
+    disk = Disk(monkeypatch, room)
+    sink, items = jsonl.sink(epath.Path(path)), collections.deque(json.dumps({"step": step}) for step in range(4))
+    for _ in range(2):  # a second try does not fill the file with copies
+      with pytest.raises(OSError, match="No space"):
+        sink.write(items)
+    disk.room = 1e9
+    sink.write(items)
+    assert [record["step"] for record in jsonl.read(path)] == [0, 1, 2, 3]
+
+
+def test_what_a_quota_refuses_when_the_file_is_closed_is_written_again(tmp_path, monkeypatch):
+  disk = Disk(monkeypatch, 1e9)
+  disk.fails_at_close = True
+  items = collections.deque(['{"step": 0}', '{"step": 1}'])
+  with pytest.raises(OSError, match="quota"):
+    jsonl.sink(epath.Path(tmp_path / "a.jsonl")).write(items)
+  assert list(items) == ['{"step": 0}', '{"step": 1}']
+
+
+def test_a_lost_store_loses_no_record_and_holds_nobody(tmp_path, monkeypatch):
+  """Parts, as on an object store. A try that failed goes again under its name with its content: it may have come through."""
+  path, away, tried = epath.Path(tmp_path / "a.jsonl"), threading.Event(), []
+  real = type(path).write_text
+  away.set()
+
+  def write_text(self, text):
+    tried.append((self.name, text))
+    if away.is_set():
+      time.sleep(0.3)
+      raise ConnectionError("no route to the store")
+    return real(self, text)
+
+  monkeypatch.setattr(type(path), "write_text", write_text)
+  sink, news = jsonl.StoreSink(path), []
+  records = outlet.Outlet("metrics.jsonl", lambda: sink, on_news=news.append, linger_seconds=0.05, pauses=(0.05, 0.1))
+  latest = tmp_path / "latest.json"
+  begin = time.monotonic()
+  for step in range(20):
+    records.put(json.dumps({"step": step}))
+    records.put(jsonl.Replacement(epath.Path(latest), json.dumps({"step": step})), key="latest")
+    time.sleep(0.02)
+  assert time.monotonic() - begin < 1.5
+  assert len(set(tried)) == 1
+  away.clear()
+  records.close()
+  assert [record["step"] for record in jsonl.read(path)] == list(range(20))
+  assert jsonl.read_one(latest) == {"step": 19}
+  assert sum(name == "latest.json" for name, _ in tried) <= 2  # those between were superseded
+  assert [item.over for item in news] == [False, True] and "ConnectionError" not in news[1].message and not records.lost
+
+
+def test_the_end_of_a_file_is_read_alone(tmp_path):
+  path = tmp_path / "a.jsonl"
+  append(path, *({"step": step} for step in range(10_000)))
+  assert [record["step"] for record in jsonl.read_end(path, 100)] == [9994, 9995, 9996, 9997, 9998, 9999]
+  assert len(list(jsonl.read_end(path, 1 << 30))) == 10_000
+  assert list(jsonl.read_end(tmp_path / "none.jsonl")) == []
 
 
 def test_a_folder_with_brackets(tmp_path):
@@ -117,7 +191,7 @@ def test_reading_and_writing_hold_a_line_at_a_time(tmp_path):
   tracemalloc.start()
   try:
     assert sum(1 for _ in jsonl.read(path)) == 200
-    jsonl.Writer(path).write({"step": 1})
+    append(path, {"step": 1})
     assert tracemalloc.get_traced_memory()[1] < 2e6
   finally:
     tracemalloc.stop()
@@ -126,9 +200,9 @@ def test_reading_and_writing_hold_a_line_at_a_time(tmp_path):
 def test_a_file_of_one_record_is_replaced_whole(tmp_path):
   path = epath.Path(tmp_path / "latest" / "a.json")
   assert jsonl.read_one(path) is None
-  writer = jsonl.Writer(epath.Path(tmp_path / "a.jsonl"))
+  sink = jsonl.sink(epath.Path(tmp_path / "a.jsonl"))
   for size in (1000, 10):
-    writer.replace(path, {"text": "x" * size})
+    sink.write(collections.deque([jsonl.Replacement(path, json.dumps({"text": "x" * size}))]))
     assert jsonl.read_one(path) == {"text": "x" * size}
   assert [entry.name for entry in path.parent.iterdir()] == ["a.json"]
   path.write_text('{"text": "x')
@@ -280,7 +354,7 @@ def test_a_report_of_an_older_run_holds_windows_and_columns_alone(tmp_path):
 
 def test_a_step_takes_no_more_for_more_experts(tmp_path):
   """After the first steps a record of 1,024 experts comes once in 16 steps and more, and the open one is overwritten."""
-  recorder = metrics.Recorder(epath.Path(tmp_path))
+  recorder = metrics.Recorder(epath.Path(tmp_path), tensorboard=False)
   values = {"loss": 2.0, "expert_counts": np.full((8, 128), 123456)}
   for step in range(2048, 2048 + 640):
     recorder.metrics("train", step, values)
@@ -293,9 +367,8 @@ def test_a_step_takes_no_more_for_more_experts(tmp_path):
 
 
 def test_evaluations_of_a_long_run_are_bounded_and_the_last_is_whole(tmp_path):
-  recorder = metrics.Recorder(epath.Path(tmp_path))
+  recorder = metrics.Recorder(epath.Path(tmp_path), tensorboard=False)
   recorder.metrics("train", 0, {"loss": 2.0, "tokens": 100, "expert_counts": counts_of(0)})
-  recorder._board = None
   steps = range(1000, 60_001, 1000)
   kept = len({metrics.score_window(step) for step in steps})
   assert kept == 46

@@ -18,6 +18,7 @@ import pytest
 
 from moe import checkpoint
 from moe import jsonl
+from moe import outlet
 from moe import stored
 from moe.data import embedded
 from moe.data import records
@@ -63,84 +64,38 @@ def copy_there(source: pathlib.Path, target: epath.Path) -> epath.Path:
 # --------------------------------------------------------------------------------------------------------------- records
 
 
+def records_outlet(path: epath.Path) -> outlet.Outlet:
+  sink = jsonl.sink(path)
+  return outlet.Outlet(path.name, lambda: sink, linger_seconds=0.2)
+
+
 def test_records_become_parts(root):
-  writers = [jsonl.Writer(root / "metrics.jsonl", seconds=0.2) for _ in range(2)]
+  outlets = [records_outlet(root / "metrics.jsonl") for _ in range(2)]
   for i in range(30):
-    writers[i % 2].write({"step": i})
+    outlets[i % 2].put(json.dumps({"step": i}))
     time.sleep(0.02)
-  for writer in writers:
-    writer.close()
+  outlet.close_all(outlets, 30.0)
   parts = list(root.glob("metrics-*.jsonl"))
   assert 4 <= len(parts) < 20 and not (root / "metrics.jsonl").exists()
   assert sorted(record["step"] for record in jsonl.read(root / "metrics.jsonl")) == list(range(30))
   assert len(jsonl.version(root / "metrics.jsonl")) == len(parts)
 
 
-def test_a_lost_store_loses_no_record_and_holds_nobody(root, monkeypatch):
-  """What could not be written is told to the next writer, and goes with the next part."""
-  real, away = type(root).write_text, threading.Event()
-  away.set()
-
-  def write_text(self, text):
-    if away.is_set():
-      time.sleep(1.0)
-      raise ConnectionError("no route to the store")
-    return real(self, text)
-
-  monkeypatch.setattr(type(root), "write_text", write_text)
-  writer, alarms = jsonl.Writer(root / "metrics.jsonl", seconds=0.05), []
-  for i in range(20):
-    try:
-      begin = time.monotonic()
-      writer.write({"step": i})
-    except OSError as error:
-      alarms.append(str(error))
-    assert time.monotonic() - begin < 0.5  # no write to the store is waited for
-    time.sleep(0.1)
-  assert alarms and set(alarms) == {"ConnectionError: no route to the store"}
-  away.clear()
-  writer.close()
-  assert [record["step"] for record in jsonl.read(root / "metrics.jsonl")] == list(range(20))
-  away.set()
-  writer = jsonl.Writer(root / "metrics.jsonl", seconds=0.05)
-  writer.write({"step": 20})
-  with pytest.raises(OSError, match="1 records are lost: ConnectionError"):
-    writer.close()
-
-
-def test_a_record_in_place_of_another(root, monkeypatch):
-  """The thread writes it, after the records before; what failed goes again, unless a newer one has come."""
-  real, away, order = type(root).write_text, threading.Event(), []
-
-  def write_text(self, text):
-    order.append(self.name)
-    if away.is_set():
-      raise ConnectionError("no route to the store")
-    return real(self, text)
-
-  monkeypatch.setattr(type(root), "write_text", write_text)
-  writer, path = jsonl.Writer(root / "metrics.jsonl", seconds=0.05), root / "latest" / "load.json"
-  assert jsonl.read_one(path) is None
-  writer.write({"step": 0})
-  writer.replace(path, {"step": 0})
-  writer.flush()
-  while jsonl.read_one(path) is None:
-    time.sleep(0.02)
-  assert order[0].startswith("metrics-") and order[-1] == "load.json"
-  away.set()
-  writer.replace(path, {"step": 1})
-  time.sleep(0.3)
-  with pytest.raises(OSError, match="no route"):
-    writer.replace(path, {"step": 2})
-  assert jsonl.read_one(path) == {"step": 0}
-  away.clear()
-  writer.close()
-  assert jsonl.read_one(path) == {"step": 2} and [record["step"] for record in jsonl.read(root / "metrics.jsonl")] == [0]
-  away.set()
-  writer = jsonl.Writer(root / "metrics.jsonl", seconds=0.05)
-  writer.replace(path, {"step": 3})
-  with pytest.raises(OSError, match="1 records are lost"):
-    writer.close()
+def test_an_outage_costs_no_record(root, outage):
+  """The store itself answers with errors for a while; the file of one record has the last of them."""
+  records = records_outlet(root / "metrics.jsonl")
+  records.put(json.dumps({"step": 0}))
+  assert records.flush(30.0)
+  outage.touch()
+  for step in (1, 2):
+    records.put(json.dumps({"step": step}))
+    records.put(jsonl.Replacement(root / "latest" / "load.json", json.dumps({"step": step})), key="load")
+  time.sleep(1.0)
+  outage.unlink()
+  records.close(60.0)
+  assert records.lost == 0
+  assert [record["step"] for record in jsonl.read(root / "metrics.jsonl")] == [0, 1, 2]
+  assert jsonl.read_one(root / "latest" / "load.json") == {"step": 2}
 
 
 def test_many_parts_are_read_in_order_and_few_are_held(root, monkeypatch):

@@ -13,9 +13,12 @@ import urllib.request
 import numpy as np
 import pytest
 
+from moe import config
 from moe import metrics
 from moe import report
+from moe import sizes
 from moe.errors import UserError
+from tests import small
 from tools import report as tool
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -96,6 +99,160 @@ def test_each_step_has_a_time_of_its_own():
   assert (np.diff(hours[89:]) > 0).all()
 
 
+def test_hours_do_not_turn_back_or_count_a_pause():
+  """A window whose steps were timed longer than they took, and a stop of an hour."""
+  written = [10.0 * (step // 10 + 1) + (3600 if step >= 50 else 0) for step in range(90)]
+  train = [{"step": step, "tokens": 10, "time": at} for step, at in enumerate(written)]
+  speed = [{"step": step, "time": written[step], "seconds_per_step": 1.5} for step in range(9, 90, 10)]
+  hours = report._hours(tables(train, speed))
+  assert (np.diff(hours[np.isfinite(hours)]) >= 0).all()
+  assert np.nanmax(hours) * 3600 < 100
+
+
+def append(folder: pathlib.Path, name: str, *records: dict) -> None:
+  with open(folder / name, "a") as out:
+    out.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def test_where_the_time_went_is_of_all_processes_with_the_final_evaluation(tmp_path):
+  """Two processes: one that ended with an evaluation, and one that went on from there and is killed."""
+  run = made(tmp_path / "a", steps=20)  # speed records at steps 9 and 19: 18 s and 38 s of steps, 9 s of saves
+  ended = {"event": "end", "time": 1e9 + 45, "goodput": {"step": 38.0, "save": 9.0, "evaluate": 77.0}}
+  append(run, "events.jsonl", {"event": "start", "time": 1e9}, ended, {"event": "start", "time": 1e9 + 50})
+  append(run, "metrics.jsonl", {"kind": "train", "step": 29, "time": 1e9 + 70, "loss": 2.0, "tokens": 1000},
+         {"kind": "speed", "step": 29, "time": 1e9 + 70, "goodput/step": 20.0, "goodput/restore": 3.0, "goodput/nan": None})
+  assert report.read(run).goodput == {"step": 58.0, "save": 9.0, "evaluate": 77.0, "restore": 3.0}
+  append(run, "events.jsonl", {"event": "end", "time": 1e9 + 90, "goodput": {"step": 20.0, "restore": 3.0, "evaluate": 50.0}})
+  assert report.read(run).goodput == {"step": 58.0, "save": 9.0, "evaluate": 127.0, "restore": 3.0}
+  assert report.read(made(tmp_path / "b", steps=5)).goodput == {}
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+  """Pages without their pictures, which take seconds."""
+  monkeypatch.setattr(report, "_save", lambda folder, figures: folder.mkdir(exist_ok=True) or "")
+  yield
+  report.plt.close("all")
+
+
+def test_what_the_page_says_of_a_run(tmp_path, undrawn):
+  run = made(tmp_path / "a")
+  environment = {"devices": ["TPU_0(process=0,(0,0,0,0))", "TPU_1(process=0,(1,0,0,0))"], "hosts": 2,
+                 "commit": "0123456789abcdef", "jax": "9.9.9", "parameters": 1234567, "active_parameters": 234567}
+  (run / "env.json").write_text(json.dumps(environment))
+  append(run, "events.jsonl", {"event": "start", "time": 1e9}, *(
+      {"event": "alarm", "time": 1e9 + i, "message": f"step {i} skipped: loss {i}.5 <b>"} for i in range(7)),
+      {"event": "alarm", "time": 1e9, "message": "routing has collapsed"}, {"event": "start", "time": 1e9 + 60})
+  page = report.write(run).read_text()
+  for fact in ("2001-09-09 01:46 UTC", "0123456789ab<", "2 TPU, 2 host(s)", "9.9.9", "1,234,567", "234,567"):
+    assert fact in page
+  rows = re.findall(r"<tr><td>(\d+)</td><td>[^<]*</td><td>[^<]*</td><td>([^/]*)</td></tr>", page)
+  assert rows == [("7", "step 6 skipped: loss 6.5 &lt;b&gt;"), ("1", "routing has collapsed")]
+  assert "<th>starts</th><td>2</td>" in page and "<th>alarms</th><td>8</td>" in page
+
+
+def test_many_kinds_of_alarms_are_bounded(tmp_path):
+  append(tmp_path, "events.jsonl", *({"event": "alarm", "time": 1.0, "message": "x" * i} for i in range(500)))
+  events = report.read_events(tmp_path)
+  assert len(events.alarms) == report._ALARMS
+  assert report.read_events(tmp_path / "none") == report.Events(0, [], [])
+
+
+def test_damaged_records_spoil_no_page(tmp_path, undrawn):
+  run = made(tmp_path / "a")
+  append(run, "events.jsonl", {"event": "alarm"}, {"event": "alarm", "time": "soon", "message": None}, {"event": 7},
+         {"event": "end", "time": None, "goodput": {"step": "much", "save": 1.0}}, {"event": "end", "goodput": 3})
+  append(run, "metrics.jsonl", {"kind": "speed", "step": 500, "time": None}, {"kind": "speed", "step": 501, "goodput/x": "y"})
+  (run / "env.json").write_text('{"devices": [')
+  (run / "config.json").write_text("[1, 2]")
+  assert "1970-01-01" in report.write(run).read_text()
+  assert report.compare([run, made(tmp_path / "b")], tmp_path / "out").exists()
+
+
+def test_parameters_are_counted_from_the_config_where_the_run_did_not_write_them():
+  model = config.to_dict(small.run())["model"]
+  total = sizes.sizes(small.run().model).total
+  assert report._parameters({"model": model}, {})["parameters"] == f"{total:,}"
+  assert report._parameters({"model": {**model, "new_field": 1}}, {}) == {} == report._parameters(None, {})
+
+
+@pytest.mark.parametrize("device, shown", [("TFRT_CPU_0", False), ("TPU_0(process=0,(0,0,0,0))", True)])
+def test_a_share_of_the_peak_is_not_shown_of_a_cpu(tmp_path, device, shown):
+  run = made(tmp_path / "a")
+  (run / "env.json").write_text(json.dumps({"devices": [device]}))
+  records = report.read(run)
+  description = report._description(run, records, report.read_events(run))
+  figure = report._draw_curves({"a": records}, {"a": description})
+  labels = [text.get_text() for axis in figure.axes if axis.get_legend() for text in axis.get_legend().get_texts()]
+  assert any("MFU 40.0%" in label for label in labels) == shown
+  report.plt.close(figure)
+
+
+def test_labels_at_the_ends_of_curves_do_not_overlap():
+  figure, axis = report.plt.subplots()
+  axis.set_ylim(0, 10)
+  heights = {"a": 5.0, "b": 5.01, "c": 9.99, "d": 10.0, "e": float("nan"), "f": 0.0}
+  report._label_ends(axis, [(height, text, "C0") for text, height in heights.items()])
+  places = {text.get_text(): text.xyann[1] for text in axis.texts}
+  assert list(places) == ["f", "a", "b", "c", "d"]  # from below, as the values
+  heights = list(places.values())
+  assert min(np.diff(heights)) >= report._LABEL_GAP - 1e-9 and 0 <= heights[0] and heights[-1] <= 1
+  assert abs(places["a"] - 0.5) < 0.01
+  report.plt.close(figure)
+
+
+def test_each_domain_has_a_colour_of_its_own(tmp_path):
+  records = report.read(made(tmp_path / "a", domains=("one", "two", "three")))
+  figure, axis = report.plt.subplots()
+  report._draw_validation(axis, {"a": records})
+  assert len({line.get_color() for line in axis.lines}) == 3
+  report.plt.close(figure)
+
+
+def sweep(tmp_path, values, seeds=(0,), field="lr"):
+  """(records, configs) of runs that differ in a field, and in their seeds."""
+  runs, configs = {}, {}
+  for number, value in enumerate(values):
+    for seed in seeds:
+      name = f"{number}-{seed}"
+      runs[name] = report.read(made(tmp_path / name, steps=41, rate=1.0 + number + 0.1 * seed))
+      configs[name] = report._flat({"optimizer": {field: value}, "train": {"seed": seed}})
+  return runs, configs
+
+
+def test_the_swept_value_against_the_last_score(tmp_path):
+  figure = report._draw_sweep(*sweep(tmp_path, [1e-3, 1e-4, 1e-2], seeds=(0, 1)))
+  (axis,) = figure.axes
+  assert axis.get_xlabel() == "optimizer.lr" and axis.get_xscale() == "log"
+  mean = axis.lines[0]
+  assert mean.get_xdata().tolist() == [1e-4, 1e-3, 1e-2]
+  points = [line.get_ydata() for line in axis.lines[1:4]]
+  assert all(len(point) == 2 for point in points)
+  np.testing.assert_allclose(mean.get_ydata(), [np.mean(point) for point in points])
+  report.plt.close(figure)
+
+
+def test_a_sweep_of_names_and_runs_that_are_no_sweep(tmp_path):
+  runs, configs = sweep(tmp_path, ["softmax", "sigmoid", None], field="gate")
+  figure = report._draw_sweep(runs, configs)
+  assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["None", "sigmoid", "softmax"]
+  report.plt.close(figure)
+  other = {name: {**fields, "model.width": str(i)} for i, (name, fields) in enumerate(configs.items())}
+  assert report._draw_sweep(runs, other) is None
+  assert report._draw_sweep(runs, {name: {} for name in runs}) is None
+  lists = {name: {"data.shares": json.dumps([i, 1])} for i, name in enumerate(runs)}
+  assert report._draw_sweep(runs, lists).axes[0].get_xlabel() == "data.shares"
+  report.plt.close("all")
+
+
+def test_tokens_by_domain_where_they_are_recorded():
+  figure = report._draw_domain_tokens(tables([{"step": s, "time": 1.0 * s, "domain_tokens/a": 1e6, "domain_tokens/b": 5e5}
+                                              for s in range(4)]))
+  assert [line.get_ydata().tolist() for line in figure.axes[0].lines] == [[1, 2, 3, 4], [0.5, 1, 1.5, 2]]
+  report.plt.close(figure)
+  assert report._draw_domain_tokens(tables([{"step": 0, "time": 0.0}])) is None
+
+
 def test_the_load_is_of_a_tenth_of_the_steps(monkeypatch):
   """Windows of other widths that lie in it, weighed by what they count; and what is lacking is taken from beside."""
   windows = [metrics.Window(first, last, np.full((1, 2), (last + 1 - first) * [1, 3][first >= 90]))
@@ -118,6 +275,18 @@ def test_examples_of_many_experts_are_of_some_layers():
     text = report._examples(records)
     assert text.count("<summary>") == shown and text.count("&lt;a") == shown * experts
     assert (f"{layers - shown} more layers" in text) == (shown < layers)
+
+
+def test_no_picture_fails_a_run_that_is_done(tmp_path, monkeypatch):
+  run = made(tmp_path / "a")
+
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(report, "_save", full)
+  assert report.write_at_the_end(run) == (
+      f"no report (OSError: [Errno 28] No space left on device); python -m tools.report {run} draws it")
+  report.plt.close("all")
 
 
 def test_mistakes_are_one_line(tmp_path):
@@ -168,5 +337,5 @@ def test_a_browser_shows_it(tmp_path):
                          "--virtual-time-budget=5000", "--enable-logging=stderr", "--dump-dom", f"file://{probe}"],
                         capture_output=True, text=True, timeout=120)
   told = json.loads(re.search(r"<title>(.*?)</title>", done.stdout)[1])
-  assert told == {"images": 3, "loaded": 3, "wide": False}
+  assert told == {"images": 5, "loaded": 5, "wide": False}
   assert "CONSOLE" not in done.stderr

@@ -1,5 +1,6 @@
 """The order of rows: independent draws of the mixture, exact shares, few rows of one document; the same wherever one begins."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 
 from moe import config
 from moe.data import mixture
+from moe.data import pipeline
+from moe.data import records
 from moe.data import rows as rows_lib
 from tools.bench import row_draws
 
@@ -116,3 +119,19 @@ def test_rows_before_a_position():
   for position in range(23):
     for number in range(5):
       assert order.rows_before(number, position) == len([g for g in range(position) if g % 5 == number])
+
+
+@pytest.mark.parametrize("shards", [3, 8])
+def test_domain_tokens_are_those_of_the_batches(tmp_path, shards):
+  """The letters of a row say of which domain it is."""
+  domains = []
+  for name, letter, weight in (("a", "a", 3.0), ("b", "b", 1.0)):
+    documents = [records.Document(letter * 100, name, str(i)) for i in range(20)]
+    records.write_domain(tmp_path / name, {"train": documents})
+    domains.append(config.Domain(name=name, path=str(tmp_path / name), weight=weight))
+  data = config.Data(domains=tuple(domains), batch_sequences=8, sequence_tokens=32, virtual_shards=shards)
+  with contextlib.closing(pipeline.Loader(data, 5)) as loader:
+    next(loader)
+    for _ in range(20):
+      seen = int((next(loader)[0] == ord("a") + 3).any(1).sum())
+      assert loader.domain_tokens() == {"a": 32 * seen, "b": 32 * (8 - seen)}

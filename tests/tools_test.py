@@ -9,7 +9,10 @@ import tomllib
 
 import pytest
 
+from moe import command_line
 from moe import config as config_lib
+from moe import gin_config
+from moe import hardware
 from moe.errors import UserError
 from tools import completion
 from tools import config
@@ -57,6 +60,42 @@ def test_doctor_finds_this_machine_fit(tmp_path, capsys):
   for what in ("python", "jax", "devices", "jax.distributed", "write test", "memfd"):
     assert found[what]["state"] == "ok", found[what]
   assert not list(tmp_path.iterdir())
+
+
+def test_doctor_counts_devices_as_training_makes_them(monkeypatch):
+  monkeypatch.delenv("XLA_FLAGS", raising=False)
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  count = hardware.cpu_devices(config_lib.Mesh(data=-1))
+  assert doctor.devices().told.startswith(f"{count} x cpu")
+  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")  # which training leaves alone, too
+  assert doctor.devices().told.startswith("3 x cpu")
+
+
+def test_doctor_names_what_only_some_things_need(monkeypatch):
+  def version(name):
+    if name == "gcsfs":
+      return "1.0"
+    raise doctor.importlib.metadata.PackageNotFoundError
+
+  monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+  found = {row.what: row for row in doctor.optional_packages()}
+  assert found["gcsfs"] == ("gcsfs", "ok", "1.0, for gs://", "")
+  assert found["libtpu"].state == "absent" and "tools.compile_check" in found["libtpu"].told
+  assert "pip install 'jax[tpu]'" in found["libtpu"].told and "pip install 'pyarrow'" in found["pyarrow"].told
+  assert {"torch", "pyarrow", "gcsfs", "libtpu"} <= found.keys() and "moe-pretrain" not in str(found)
+
+
+def test_help_of_training_shows_the_values_of_the_quickstart(capsys):
+  with pytest.raises(SystemExit):
+    command_line.parse(["--help"])
+  said = capsys.readouterr().out
+  run = gin_config.resolve([gin_config.QUICKSTART]).run
+  assert f"--gin.Train.steps={run.train.steps} " in said and f"--gin.Router.top_k={run.model.router.top_k} " in said
+  assert "--gin.Router.gate='\"softmax\"'" in said and "softmax | noisy | sigmoid" in said
+  shown = [word.removeprefix("--gin.") for word in said.split() if word.startswith("--gin.")]
+  flags = [f"--gin.{word}".replace("'\"", "'").replace("\"'", "'") for word in shown]  # as a shell hands them on
+  resolved = gin_config.resolve([gin_config.QUICKSTART], flags)
+  assert len(shown) > 25 and resolved.run == run  # what it shows are the values, in words that a shell takes
 
 
 def test_doctor_finds_what_is_wrong(tmp_path, monkeypatch):

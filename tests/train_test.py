@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 
+from etils import epath
 import numpy as np
 import pytest
 
 from moe import gin_config
 from moe import jsonl
+from moe import run_dir as run_dir_lib
 from tests import small
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -86,7 +88,7 @@ def test_the_run_directory_and_the_last_words(straight):
   names = {path.name for path in run_dir.iterdir()}
   assert {"config.gin", "config.json", "command.txt", "env.json", "metrics.jsonl", "events.jsonl", "tb", "checkpoints",
           "report", "DONE"} <= names
-  for part in ("first step after", "step 24/24", "bits/byte", "tok/s", "MFU", "balance", "max/mean load", "dropped", "ETA",
+  for part in ("first step after", "step 24/24", "bits/byte", "tok/s", "balance", "max/mean load", "dropped", "ETA",
                "gzip", "bzip2", "xz", "after the training text", "sample:", "report:"):
     assert part in text, part
   assert len(losses(run_dir)) == 24
@@ -143,21 +145,75 @@ def test_kill_at_a_random_step_and_resume_is_bit_equal(corpus, straight, tmp_pat
   assert final_digests(tmp_path)["sides"]["data"] == final_digests(straight[0])["sides"]["data"]
 
 
+def test_a_finished_run_is_not_done_again(corpus, straight):
+  before = {path: path.stat().st_mtime for path in straight[0].rglob("*")}
+  done = finish(command(corpus, straight[0]))
+  assert done.stdout.startswith("done: ") and "report/index.html" in done.stdout
+  assert {path: path.stat().st_mtime for path in straight[0].rglob("*")} == before
+
+
+def test_a_run_in_use_is_refused(corpus, tmp_path):
+  with run_dir_lib.Owner(epath.Path(tmp_path)):
+    refused(2, "config error", f"in use by process {os.getpid()}", arguments=command(corpus, tmp_path))
+  assert {path.name for path in tmp_path.iterdir()} == {".owner"}  # nothing of another's was touched
+
+
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_143(corpus, straight, tmp_path):
+@pytest.mark.parametrize("number, code, said", [(signal.SIGTERM, 143, "preempted: SIGTERM: saved at step"),
+                                                (signal.SIGINT, 130, "stopped: Ctrl-C: saved at step")])
+def test_a_signal_saves_and_exits(corpus, straight, tmp_path, number, code, said):
   process = subprocess.Popen(command(corpus, tmp_path), cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True)
   wait_for_step(tmp_path, 6, process)
-  process.send_signal(signal.SIGTERM)
+  process.send_signal(number)
   out, err = process.communicate(timeout=120)
-  assert process.returncode == 143, err
-  assert "preempted: SIGTERM: saved at step" in err and err.count("\n") == 1
+  assert process.returncode == code, err
+  assert said in err and err.count("\n") == 1
   at = int((tmp_path / "PREEMPTED").read_text())
   assert at in {int(p.name) for p in (tmp_path / "checkpoints").iterdir()} and at % 4 != 0 or at >= 7
   finish(command(corpus, tmp_path))
   assert losses(tmp_path) == losses(straight[0])
   assert final_digests(tmp_path)["leaves"] == final_digests(straight[0])["leaves"]
   assert not (tmp_path / "PREEMPTED").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_signal_within_an_evaluation_is_acted_on(tmp_path, steps):
+  """The evaluation after step 2, or the last one, of a split that takes minutes."""
+  text = {"Train.steps": steps, "Train.eval_every_steps": 2, "Train.eval_batches": 100_000, "Data.sequence_tokens": 32,
+          "Data.batch_sequences": 2}
+  process = subprocess.Popen(command("embedded:kjv", tmp_path, **text), cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True)
+  wait_for_step(tmp_path, 1, process)
+  time.sleep(10)  # for the program of the evaluation
+  process.send_signal(signal.SIGTERM)
+  begin = time.monotonic()
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 143 and "saved at step 2" in err, out + err
+  assert time.monotonic() - begin < 30
+  assert "eval at step" not in out
+  assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == ["2"]
+
+
+@pytest.mark.slow
+def test_a_domain_without_validation_documents_is_left_out(tmp_path):
+  folder = small.write_corpus(tmp_path / "all_of_it", held_out=0)
+  done = finish(command(folder, tmp_path / "run", "--dry_run"))
+  assert "note: domain 'tiny' has no validation documents" in done.stdout
+  assert "epochs" in done.stdout
+  done = finish(command(folder, tmp_path / "run", **{"Train.steps": 6}))
+  assert "note: domain 'tiny' has no validation documents" in done.stdout and (tmp_path / "run" / "DONE").exists()
+
+
+@pytest.mark.slow
+def test_a_schedule_that_changed_is_said_at_the_resume(corpus, straight, tmp_path):
+  folder = tmp_path / "run"
+  shutil.copytree(straight[0], folder)
+  wsd = {"Optimizer.schedule": '"wsd"', "Optimizer.decay_tokens": 2000}
+  done = finish(command(corpus, folder, **wsd, **{"Train.steps": 26}))
+  assert "note: the learning rate of step 24 was to be" in done.stdout and "train.steps: 24 -> 26" in done.stdout
+  assert [path.name for path in sorted((folder / "starts").iterdir())] == ["0001", "0002"]
 
 
 @pytest.mark.slow
@@ -241,7 +297,7 @@ def refused(code, *parts, arguments):
 
 
 @pytest.mark.parametrize("code, parts, arguments, changes", [
-    (2, ["config error", "x.gin does not exist"], ["--gin_file=configs/run/x.gin"], {}),
+    (2, ["config error", "x.gin' does not exist"], ["--gin_file=configs/run/x.gin"], {}),
     (2, ["has no parameter 'top_q'", "did you mean 'top_k'?"], ["--gin.Router.top_q=2"], {}),
     (2, ["Train.steps wants int, got 'ten'"], ["--gin.Train.steps='ten'"], {}),
     (2, ["Router.top_k = 9 exceeds Experts.num_experts = 8"], ["--gin.Router.top_k=9"], {}),
@@ -252,6 +308,7 @@ def refused(code, *parts, arguments):
     (3, ["data error", "nowhere is not a data directory"], [], {"tiny/Domain.path": '"nowhere"'}),
     (4, ["checkpoint error", "--resume=must, but"], ["--resume=must"], {}),
     (4, ["holds no checkpoint"], ["--init_from=nowhere"], {}),
+    (2, ["has [ in it, and no checkpoint can be saved there"], ["--run_dir=a[1]"], {}),
 ])
 def test_wrong_inputs_are_one_line(corpus, tmp_path, code, parts, arguments, changes):
   refused(code, *parts, arguments=command(corpus, tmp_path / "run", *arguments, **changes))
@@ -269,8 +326,12 @@ def test_truncated_data_is_one_line(corpus, tmp_path):
 def test_another_model_on_resume_is_one_line(corpus, straight, tmp_path):
   folder = tmp_path / "run"
   shutil.copytree(straight[0], folder)
+  before = {name: (folder / name).read_text() for name in ("config.gin", "config.json", "command.txt", "env.json")}
   refused(4, "holds another model: vocab_size: 384 -> 512",
           arguments=command(corpus, folder, **{"Model.vocab_size": 512}))
+  assert {name: (folder / name).read_text() for name in before} == before  # a config that never ran is none of the run's
+  refused(4, "with other arrays: model.num_layers: 2 -> 3",
+          arguments=command(corpus, tmp_path / "new", f"--init_from={folder}", "--dry_run", **{"Model.num_layers": 3}))
   refused(4, "--resume=never, but", arguments=command(corpus, folder, "--resume=never"))
 
 

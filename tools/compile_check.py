@@ -30,6 +30,7 @@ import time
 
 import jax
 
+from moe import checkpoint
 from moe import config
 from moe import experts
 from moe import gin_config
@@ -39,6 +40,7 @@ from moe import sharding
 from moe import sizes
 from moe import step as step_lib
 from moe.kernels import attention
+from moe.terminal import progress
 from tools import hlo
 from tools import layout_search
 
@@ -46,17 +48,31 @@ from tools import layout_search
 PUBLISHED = pathlib.Path(__file__).parent / "published_steps.json"
 
 
+# libtpu looks for the TPU of the machine that it runs on, before it makes the one that it is asked for. Without these it finds
+# none, and says so in lines that look like a failure (`E0000 ... unexpected worker hostname`).
+_NO_TPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+           "TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+
+
+def must_have_libtpu() -> None:
+  """Raises config.ConfigError where it is not installed."""
+  if importlib.util.find_spec("libtpu") is None:
+    raise config.ConfigError("the TPU compiler, libtpu, is not installed here: pip install 'jax[tpu]' (it needs no TPU; "
+                             "Python >= 3.12 for the pair of versions that the budgets are for)")
+
+
 def devices_of(topology: str, slices: int = 1):
   """The devices of a topology such as `v5p:4x4x4`, `slices` times, with the links that close its rings: without them the
   compiler gathers by all-reduces of twice the bytes.
 
   Raises:
-    config.ConfigError: a topology of no known chip, or no topology at all.
+    config.ConfigError: a topology of no known chip, no topology at all, or no libtpu.
   """
   from jax.experimental import topologies
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   named = hardware.topology(topology)
+  must_have_libtpu()
+  for name, value in _NO_TPU.items():
+    os.environ.setdefault(name, value)
   wrap = hardware.rings(named.chip, named.shape)
   return topologies.get_topology_desc(topology, platform="tpu", num_slices=slices, wrap=(*wrap, False)[:3]).devices
 
@@ -179,9 +195,9 @@ def _out_of_memory(text: str, state, chip: hardware.Chip, beside: int = 0) -> di
     largest.append({"bytes": number(part.split()[0]), "shape": shape[1].split("{")[0] if shape else "",
                     "source": source[1] if source else ""})
   if not largest:
-    leaves = [(_local_bytes(x), str(x.shape), jax.tree_util.keystr(path))
+    leaves = [(_local_bytes(x), str(x.shape), checkpoint.leaf_name(path))
               for path, x in jax.tree_util.tree_leaves_with_path(state)]
-    largest = [{"bytes": b, "shape": s, "source": "state" + n} for b, s, n in sorted(leaves, reverse=True)[:6]]
+    largest = [{"bytes": b, "shape": s, "source": n} for b, s, n in sorted(leaves, reverse=True)[:6]]
   temporaries = re.search(r"total memory required for HLO temporaries \(([\d.]+[KMGT]?)\)", text)
   if used:
     wanted = number(used[1]) + beside
@@ -195,6 +211,29 @@ _REMEDY = ("what to change: more micro-batches (Train.micro_batches), Model.rema
            "(parameters and optimizer), a larger context axis (activations), a smaller Experts.buffer_factor (receive buffers)")
 
 
+_WIDTH = 72  # of an array's name in the report
+
+
+def short_source(source: str) -> str:
+  """The end of where an array comes from, which says most: whole parts of the path, without what JAX's transformations add.
+
+  >>> short_source("jit(train_step)/transpose(jvp(Transformer))/while/body/closed_call/layers/experts/moe/dot_general")
+  'layers/experts/moe/dot_general (backward)'
+  """
+  if not source:
+    return "(made by the compiler)"
+  parts = [part for part in source.split("/")
+           if part not in ("while", "body", "cond", "closed_call", "checkpoint", "rematted_computation", "shard_map", "pjit")
+           and not re.fullmatch(r"(?:\w+\()+[^()]*\)+", part)]
+  suffix = " (backward)" if "transpose(" in source else ""
+  kept = parts[-1:] or [source.rpartition("/")[2]]
+  for part in reversed(parts[:-1]):
+    if len("/".join([part, *kept])) > _WIDTH:
+      return f".../{'/'.join(kept)}{suffix}"
+    kept.insert(0, part)
+  return "/".join(kept) + suffix
+
+
 def text(result: dict) -> str:
   """The report for people."""
   gb = lambda n: f"{n / 1e9:.2f} GB"
@@ -205,7 +244,7 @@ def text(result: dict) -> str:
            + f", {name}: {result['devices']} devices, mesh {mesh}; {result['tokens_per_step']:,} tokens a step; compiled in "
            f"{result['compile_seconds']:.0f} s (jax {result['jax']}, libtpu {result['libtpu']}), not run"]
   lines += [f"  attention of the {of.replace('_', '-')}: {backend}" for of, backend in result["attention"].items()]
-  largest = [f"    {gb(b['bytes']):>9s}  {b['shape']:<28s} {b['source'][-80:]}" for b in hbm["largest"]]
+  largest = [f"    {gb(b['bytes']):>9s}  {b['shape']:<28s} {short_source(b['source'])}" for b in hbm["largest"]]
   if not result["fits"]:
     if hbm["peak_bytes"] is None:
       lines.append(f"  DOES NOT FIT: {result['problem']}")
@@ -299,7 +338,7 @@ def pod(gin_files: list[str], topology: str | None, slices: int | None = None) -
     return topology, slices or 1
   if not gin_files:
     raise config.ConfigError("neither --topology nor --gin_file is given; a run config names its topology in its head")
-  named, count = topology_in(pathlib.Path(gin_files[-1]))
+  named, count = topology_in(gin_config.find(gin_files[-1]))
   return named, slices or count
 
 
@@ -329,19 +368,18 @@ def main(argv: list[str] | None = None) -> int:
                       help="rank all legal layouts by a closed form, compile the best 8, as many as begin in this time (1200)")
   parser.add_argument("--json", action="store_true")
   arguments, rest = parser.parse_known_args(argv)
-  if importlib.util.find_spec("libtpu") is None:
-    print("compile_check needs libtpu: pip install 'jax[tpu]' (Python >= 3.12 for the pinned pair)", file=sys.stderr)
-    return 2
   jax.config.update("jax_platforms", "cpu")
   try:
+    must_have_libtpu()
     run = gin_config.from_arguments(arguments, rest).run
     topology, slices = pod(arguments.gin_file, arguments.topology, arguments.slices)
+    run_config = gin_config.find(arguments.gin_file[-1]) if arguments.gin_file else gin_config.QUICKSTART
     if arguments.record and not arguments.gin_file:
       raise config.ConfigError("--record writes into a run config; name it by --gin_file")
     if arguments.record and arguments.only == "eval":
       raise config.ConfigError("--record writes the train step's figures; leave out --only=eval")
     if arguments.record:  # before the minutes of a compile
-      _must_be_for(pathlib.Path(arguments.gin_file[-1]), topology, slices)
+      _must_be_for(run_config, topology, slices)
     if arguments.search:
       rows = layout_search.search(run, topology, slices, len(devices_of(topology)), check, arguments.search)
       print(json.dumps(rows) if arguments.json else layout_search.text(rows))
@@ -349,13 +387,14 @@ def main(argv: list[str] | None = None) -> int:
     options = dict(o.split("=", 1) for o in arguments.xla)
     results = {}
     for step in [arguments.only] if arguments.only else STEPS:
-      print(f"compiling the {step} step for {topology} ...", file=sys.stderr, flush=True)
       keep = f"{arguments.hlo}.eval" if arguments.hlo and step == "eval" else arguments.hlo
-      result = results[step] = check(run, topology, slices, options, keep, step)
+      with progress(f"compiles the {step} step for {topology}"):
+        result = results[step] = check(run, topology, slices, options, keep, step)
       if step == "train" and not result["fits"]:
-        result["smaller"] = _smaller(run, topology, slices, options)
+        with progress("it does not fit; compiles it with more micro-batches"):
+          result["smaller"] = _smaller(run, topology, slices, options)
       elif step == "train" and arguments.record:
-        record(result, pathlib.Path(arguments.gin_file[-1]))
+        record(result, run_config)
       if not arguments.json:
         print(text(result), flush=True)
   except (config.ConfigError, jax.errors.JaxRuntimeError, ValueError) as error:
@@ -368,7 +407,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1
   grown = []
   if arguments.golden:
-    name = pathlib.Path(arguments.gin_file[-1]).stem
+    name = run_config.stem
     grown = [f"{step}: {line}" for step, result in results.items() for line in over_budget(result, arguments.golden, name)]
   for line in grown:
     print(f"  over its budget: {line}")

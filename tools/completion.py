@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
   try:
     import shtab
   except ImportError as error:
-    raise UserError("completion needs shtab; pip install 'moe-pretrain[completion]'") from error
+    raise UserError("completion needs shtab; pip install shtab") from error
   default, name = FOLDERS[arguments.shell]
   folder = pathlib.Path(arguments.out or default).expanduser()
   folder.mkdir(parents=True, exist_ok=True)

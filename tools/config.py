@@ -11,15 +11,12 @@ Exit code 0: fine; 1: they differ; 2: there is no such thing.
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import difflib
 import fnmatch
 import inspect
-import io
 import pathlib
 import sys
-import tokenize
 from typing import NamedTuple
 
 from etils import epath
@@ -40,20 +37,18 @@ class Field(NamedTuple):
 
 def fields() -> dict[str, Field]:
   """Every field by name, from moe/config.py itself: its comments are the meaning."""
-  text = inspect.getsource(config)
-  comments = {}
-  for token in tokenize.generate_tokens(io.StringIO(text).readline):
-    if token.type == tokenize.COMMENT:
-      comments[token.start[0]] = token.string.lstrip("# ")
+  meanings = config.meanings()
   found = {}
-  for node in ast.parse(text).body:
-    if isinstance(node, ast.ClassDef) and dataclasses.is_dataclass(getattr(config, node.name, None)):
-      for line in node.body:
-        if isinstance(line, ast.AnnAssign):
-          name = f"{node.name}.{line.target.id}"
-          default = ast.unparse(line.value) if line.value else "(must be set)"
-          found[name] = Field(name, ast.unparse(line.annotation), default, comments.get(line.end_lineno, ""))
+  for cls in vars(config).values():
+    for field in dataclasses.fields(cls) if inspect.isclass(cls) and dataclasses.is_dataclass(cls) else ():
+      name = f"{cls.__name__}.{field.name}"
+      default = "(must be set)" if field.default is dataclasses.MISSING else _default(field)
+      found[name] = Field(name, field.type, default, meanings[name])
   return found
+
+
+def _default(field: dataclasses.Field) -> str:
+  return f"{type(field.default).__name__}()" if dataclasses.is_dataclass(field.default) else repr(field.default)
 
 
 def show(arguments, rest: list[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Callable
 
 import numpy as np
 
@@ -12,6 +13,19 @@ from moe.errors import UserError
 
 _STACK = re.compile(r"^(.*\.|)(dense_layers|layers)\.(?!\d)(.+)$")  # a stacked leaf of ours
 _LAYER = re.compile(r"^(.*\.|)(dense_layers|layers)\.(\d+)\.(.+)$")  # one layer of it
+
+
+class Watched:
+  """A source that says how many bytes of it have been read."""
+
+  def __init__(self, source: stored.Source, advance: Callable[[float], None]):
+    self.kind, self.leaves = source.kind, source.leaves
+    self._source, self._advance = source, advance
+
+  def read(self, name, begin, end):
+    block = self._source.read(name, begin, end)
+    self._advance(block.nbytes)
+    return block
 
 
 class Changed:

@@ -22,16 +22,22 @@ from typing import NamedTuple
 
 from etils import epath
 
+from moe import config
 from moe.snapshot import memory
 from tools import terminal
 from tools.local_job import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+_IMPORTS = pathlib.Path(config.__file__).resolve().parents[1]  # where another process finds `moe`
 _LOCK = pathlib.Path("/tmp/libtpu_lockfile")
+# As training makes them: one CPU device a core where there is nothing else (moe/hardware.py).
 _DEVICES = """
-import json, time
+import json, os, time
 begin = time.time()
 import jax
+from moe import config, hardware
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+  jax.config.update("jax_num_cpu_devices", hardware.cpu_devices(config.Mesh(data=-1)))
 devices = jax.devices()
 stats = devices[0].memory_stats() or {}
 print(json.dumps({"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices),
@@ -44,9 +50,17 @@ print(jax.process_count())
 """
 
 
+# What is needed for some things only, and for what. Imported where it is used.
+_OPTIONAL = {
+    "libtpu": "TPUs, tools.compile_check, tools.overlap --compile", "gcsfs": "gs://", "pyarrow": "parquet in tools.build_data",
+"torch": "tools.export_hf --check", "transformers": "tools.export_hf --check",
+    **({} if sys.version_info >= (3, 14) else {"backports.zstd": ".zst in tools.build_data"}),  # later Pythons bring it
+    "lm_eval": "tools.lm_harness", "shtab": "tools.completion", "xprof": "reading profiles (docs/profiles.md)"}
+
+
 class Finding(NamedTuple):
   what: str
-  state: str  # ok | warning | wrong
+  state: str  # ok | absent (and rarely needed) | warning | wrong
   told: str
   remedy: str = ""
 
@@ -87,9 +101,22 @@ def _fits(version: str, bound: str) -> bool:
   return {">=": a >= b, "==": a == b, "<=": a <= b, "<": a < b, ">": a > b, "!=": a != b}[operator]
 
 
+def optional_packages() -> list[Finding]:
+  """Those without which training runs: there or not, and what needs them."""
+  found = []
+  for module, use in _OPTIONAL.items():
+    name = module.replace("_", "-")
+    try:
+      found.append(Finding(name, "ok", f"{importlib.metadata.version(name)}, for {use}"))
+    except importlib.metadata.PackageNotFoundError:
+      install = "jax[tpu]" if name == "libtpu" else name
+      found.append(Finding(name, "absent", f"only for {use}: pip install '{install}'"))
+  return found
+
+
 def devices(seconds: float = 120.0) -> Finding:
   try:
-    done = subprocess.run([sys.executable, "-c", _DEVICES], capture_output=True, text=True, timeout=seconds)
+    done = subprocess.run([sys.executable, "-c", _DEVICES], capture_output=True, text=True, timeout=seconds, cwd=_IMPORTS)
   except subprocess.TimeoutExpired:
     return Finding("devices", "wrong", f"jax.devices() did not answer within {seconds:.0f} s",
                    "on a TPU pod all hosts must start together; another process may hold the chips")
@@ -126,7 +153,7 @@ def writing(run_dir: str) -> Finding:
     path.unlink()
   except Exception as error:  # the object stores' libraries have their own kinds
     return Finding("write test", "wrong", f"{run_dir}: {error}"[:200],
-                   "another --run_dir, or rights to write there; gs:// needs gcsfs")
+                   "another --run_dir, or rights to write there; gs:// needs gcsfs (pip install gcsfs)")
   seconds = time.monotonic() - begin
   if not same:
     return Finding("write test", "wrong", f"{run_dir}: what was read is not what was written", "do not keep a run there")
@@ -178,7 +205,8 @@ def clock() -> Finding:
 
 
 def examine(run_dir: str) -> list[Finding]:
-  return [python(), *packages(), devices(), distributed(), writing(run_dir), *host_memory(), libtpu_lock(), clock()]
+  installed = [python(), *packages(), *optional_packages()]
+  return [*installed, devices(), distributed(), writing(run_dir), *host_memory(), libtpu_lock(), clock()]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -193,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
   else:
     terminal.table(("what", "state", "told"), [finding[:3] for finding in found], left=("what", "state", "told"))
     for finding in found:
-      if finding.state != "ok":
+      if finding.state in ("warning", "wrong"):
         print(f"{finding.state}: {finding.what}: {finding.told}" + (f". {finding.remedy}" if finding.remedy else ""))
   return terminal.DIFFERS if any(finding.state == "wrong" for finding in found) else terminal.FINE
 

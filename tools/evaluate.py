@@ -16,6 +16,7 @@ from moe import config
 from moe import evaluate
 from moe import sizes
 from moe import step as step_lib
+from moe.terminal import progress
 from tools import restore
 from tools import terminal
 
@@ -33,9 +34,9 @@ def main(argv: list[str] | None = None) -> int:
   arguments = parser.parse_args(argv)
   folders = list(reversed(checkpoint.step_folders(arguments.path))) if arguments.series else [arguments.path]
   told = []
-  for folder in folders:  # one in memory at a time
+  for number, folder in enumerate(folders, 1):  # one in memory at a time
     trained = restore.load(folder)
-    results = score(trained, arguments)
+    results = score(trained, arguments, f"checkpoint {number} of {len(folders)}, " if arguments.series else "")
     told.append(describe(trained, results))
   if arguments.json:
     shown = {"path": arguments.path, "split": arguments.split}
@@ -55,8 +56,13 @@ def main(argv: list[str] | None = None) -> int:
   return terminal.FINE
 
 
-def score(trained: restore.Trained, arguments) -> dict[str, dict]:
-  """Results by domain, see `evaluate.evaluate_domain`."""
+def score(trained: restore.Trained, arguments, what: str = "") -> dict[str, dict]:
+  """Results by domain, see `evaluate.evaluate_domain`.
+
+  Args:
+    arguments: the flags.
+    what: before the name of the domain, where it says how far the work is.
+  """
   domains = trained.run.data.domains
   if arguments.domain:
     pairs = [text.partition("=") for text in arguments.domain]
@@ -65,8 +71,13 @@ def score(trained: restore.Trained, arguments) -> dict[str, dict]:
     domains = tuple(config.Domain(name=name, path=path) for name, _, path in pairs)
   with jax.set_mesh(trained.mesh):
     eval_step = step_lib.jit_eval_step(trained.run, trained.mesh)
-    return {domain.name: evaluate.evaluate_domain(trained.run, trained.mesh, eval_step, trained.params, domain,
-                                                  trained.tokenizer, arguments.split, arguments.limit)[0] for domain in domains}
+    results = {}
+    for domain in domains:
+      with progress(f"{what}scores {domain.name}", unit="batches") as work:
+        results[domain.name], _ = evaluate.evaluate_domain(
+            trained.run, trained.mesh, eval_step, trained.params, domain, trained.tokenizer, arguments.split, arguments.limit,
+            stop=lambda work=work: bool(work.advance()))  # asked after each batch; advance returns nothing
+    return results
 
 
 def describe(trained: restore.Trained, results: dict[str, dict]) -> dict:

@@ -20,8 +20,9 @@ import jax
 import numpy as np
 
 from moe import model as model_lib
-from moe.config import ConfigError
+from moe.config import ConfigError, Model
 from moe.data import evaluation
+from moe.terminal import progress
 from tools import restore
 from tools import terminal
 
@@ -116,8 +117,10 @@ def unique_experts(batches: list[list[tuple[int, int]]]) -> float:
   return float(np.mean([len({expert for _, expert in batch}) for batch in batches]))
 
 
-def record(path: str, layer: int, tokens: int) -> tuple[np.ndarray, int]:
-  """First choices of a trained model on its validation text: ([streams, tokens] of layer `layer`, number of experts).
+def record(path: str, layer: int, tokens: int) -> tuple[np.ndarray, Model]:
+  """First choices of a trained model on its validation text: ([streams, tokens], the model's config).
+
+  `layer` counts the layers with experts.
 
   Each full window of the evaluation is one stream.
 
@@ -127,7 +130,7 @@ def record(path: str, layer: int, tokens: int) -> tuple[np.ndarray, int]:
   trained = restore.load(path)
   model = trained.run.model
   if not 0 <= layer < model.num_routers:
-    raise ConfigError(f"--layer={layer} is not below the {model.num_routers} layers that route")
+    raise ConfigError(f"--layer={layer}: {path} has {model.num_routers} layer(s) with experts, numbered from 0")
   if model.lookahead:
     raise ConfigError(f"{model.lookahead}: a served token has no routing of its own to record")
   transformer = model_lib.build(model)
@@ -141,7 +144,7 @@ def record(path: str, layer: int, tokens: int) -> tuple[np.ndarray, int]:
       streams += list(first[(window.segment_ids > 0).all(1)])
   if not streams:
     raise ConfigError(f"no validation document of {path} fills a window of {trained.run.data.sequence_tokens} tokens")
-  return np.stack(streams), model.experts.num_experts
+  return np.stack(streams), model
 
 
 def cache_table(streams: np.ndarray, num_experts: int) -> list[str]:
@@ -168,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m tools.expert_cache", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("path", nargs="?", help="run directory, or checkpoints/<step> of one; without it, independent choices")
-  parser.add_argument("--layer", type=int, default=0, help="layer whose choices are replayed (0 with a pre-gate)")
+  parser.add_argument("--layer", type=int, default=0, help="which of the layers with experts, from 0 (0 with a pre-gate)")
   parser.add_argument("--tokens", type=int, default=20_000, help="tokens of each domain, at least")
   parser.add_argument("--budget", type=int, default=16, help="requests a batch")
   parser.add_argument("--window", type=int, default=64, help="requests waiting")
@@ -177,8 +180,11 @@ def main(argv: list[str] | None = None) -> int:
   if arguments.budget < 1 or arguments.window < arguments.budget or arguments.patience < 0 or arguments.tokens < 1:
     parser.error("--budget and --tokens must be at least 1, --window at least the budget, --patience at least 0")
   if arguments.path:
-    streams, num_experts = record(arguments.path, arguments.layer, arguments.tokens)
-    title = f"{arguments.path}, layer {arguments.layer}: {streams.shape[0]} streams of {streams.shape[1]} tokens"
+    with progress("routes the validation text"):
+      streams, model = record(arguments.path, arguments.layer, arguments.tokens)
+    num_experts = model.experts.num_experts
+    layer = "pre-gate" if model.router.pre_gate.d_model else model.moe_layer_name(arguments.layer)
+    title = f"{arguments.path}, {layer}: {streams.shape[0]} streams of {streams.shape[1]} tokens"
   else:
     num_experts = 7
     streams = np.random.default_rng(0).integers(0, num_experts, (8, 4096))

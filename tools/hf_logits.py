@@ -66,7 +66,7 @@ def theirs(hf_dir, tokens: np.ndarray) -> np.ndarray:
 def compare(hf_dir, source: stored.Source, m: config.Model) -> bool:
   """Whether both give the same logits for 2 x 24 random tokens; prints the difference. True where it cannot be seen."""
   if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-    print("check: logits not compared, transformers and torch are not installed")
+    print("check: logits not compared, transformers and torch are not installed (pip install torch transformers)")
     return True
   tokens = np.random.default_rng(0).integers(0, m.vocab_size, (2, 24)).astype(np.int32)
   a, b = ours(source, m, tokens), theirs(hf_dir, tokens)

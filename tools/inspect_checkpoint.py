@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import fnmatch
 import json
 import pathlib
 import re
@@ -26,6 +25,7 @@ from moe import sizes
 from moe import stored
 from moe.errors import UserError
 from tools import conversion
+from tools import leaf_names
 from tools import terminal
 from tools import weight_health
 from tools.terminal import DIFFERS, FINE
@@ -51,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     if name not in ("config", "verify"):
       made.add_argument("--live", action="store_true", help="the snapshot in memory of a run that is alive")
     if filtered:
-      made.add_argument("--filter", metavar="GLOB", default="*", help="of leaf names, such as 'params.*gate*'")
+      made.add_argument("--filter", metavar="NAMES", default="*",
+                        help="leaves, with commas between: patterns such as 'params.*gate*', parts of names, or words such as\n"
+                             "'first moment router' (see `ls`)" if name != "convert" else "a pattern such as 'params.*gate*'")
       made.add_argument("--limit", type=int, metavar="N", help="rows to show")
     return made
 
@@ -67,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
   made.add_argument("--alike", type=float, default=0.9, metavar="COSINE", help="from which on two experts are alike")
   made.add_argument("--png", type=pathlib.Path, metavar="FILE", help="heatmaps")
   made = verb(cat, "cat")
-  made.add_argument("leaf", help="name, with a slice if wanted: 'params.layers.experts.moe.gate[3,:4]'")
+  made.add_argument("leaf", help="name or what finds it, with a slice if wanted: 'moe.gate[3,:4]'")
   made.add_argument("--out", type=pathlib.Path, metavar="FILE.npy")
   made = verb(diff, "diff", filtered=True)
   made.add_argument("other")
@@ -109,10 +111,7 @@ def _as_ours(found: stored.Found) -> tuple[stored.Source, config.Model | None]:
 
 
 def _chosen(found: stored.Found, arguments) -> list[stored.Leaf]:
-  leaves = [leaf for name, leaf in found.source.leaves.items() if fnmatch.fnmatch(name, arguments.filter)]
-  if not leaves:
-    raise UserError(f"no leaf of {found.folder} matches --filter={arguments.filter}; `ls` shows the names")
-  return leaves
+  return [found.source.leaves[name] for name in leaf_names.select(found.source.leaves, arguments.filter, str(found.folder))]
 
 
 def _title(found: stored.Found) -> str:
@@ -123,7 +122,7 @@ def _title(found: stored.Found) -> str:
 
 
 def ls(arguments) -> int:
-  """Name, shape, dtype, chunk, sharding and bytes of every leaf."""
+  """Name, shape, dtype, chunk, sharding and bytes of every leaf, and what it is."""
   found = _find(arguments)
   leaves = _chosen(found, arguments)
   if arguments.sort == "bytes":
@@ -132,13 +131,14 @@ def ls(arguments) -> int:
   listed = [{"step": int(p.name), "read_back": stored.read_back(p)} for p in reversed(stored.steps(arguments.path))]
   if arguments.json:
     terminal.as_json({"path": str(found.folder), "step": found.step, "steps": listed, "leaves": [
-        {**leaf._asdict(), "bytes": leaf.bytes} for leaf in leaves]})
+        {**leaf._asdict(), "bytes": leaf.bytes, "is": leaf_names.plain(leaf.name)} for leaf in leaves]})
     return FINE
   if listed:
     print("steps: " + ", ".join(f"{row['step']} ({row['read_back']})" for row in listed))
-  terminal.table(("name", "shape", "dtype", "bytes", "chunk", "sharding"),
+  terminal.table(("name", "shape", "dtype", "bytes", "chunk", "sharding", "is"),
                  [(leaf.name, leaf.shape, leaf.dtype, leaf.bytes, "whole" if leaf.chunk == leaf.shape else leaf.chunk,
-                   leaf.sharding) for leaf in leaves], _title(found), left=("name", "dtype", "sharding"))
+                   leaf.sharding, leaf_names.plain(leaf.name)) for leaf in leaves], _title(found),
+                 left=("name", "dtype", "sharding", "is"))
   return FINE
 
 
@@ -232,9 +232,11 @@ def _warn_of_large_chunk(leaf: stored.Leaf) -> None:
 
 
 def experts(arguments) -> int:
-  """Health of the routers and experts from the weights alone; 1 if an expert is dead or two are alike."""
+  """Health of the routers and experts from the weights, and the load that the run recorded; 1 if one is dead, an outlier or
+  like another."""
   found = _find(arguments)
-  layers = weight_health.layers(_as_ours(found)[0], arguments.alike)
+  source, model = _as_ours(found)
+  layers = weight_health.layers(source, arguments.alike, model, weight_health.recorded_load(found.folder, found.step))
   if not layers:
     raise UserError(f"{found.folder} has no routed experts that are known here (params.layers.experts.moe..., or a Hugging "
                     "Face directory of a known family with its config.json)")
@@ -242,19 +244,36 @@ def experts(arguments) -> int:
   if arguments.png:
     weight_health.draw(layers, arguments.png)
   if arguments.json:
-    terminal.as_json({"path": str(found.folder), "layers": [layer._asdict() for layer in layers], "troubles": troubles})
+    shown = [{**layer._asdict(), "load": layer.load._asdict() if layer.load else None} for layer in layers]
+    terminal.as_json({"path": str(found.folder), "layers": shown, "troubles": troubles})
     return DIFFERS if troubles else FINE
   print(_title(found))
   top = float(np.max([layer.router_norms for layer in layers], initial=0, where=np.isfinite([x.router_norms for x in layers])))
-  print(f"norm of each expert's router column (full bar: {top:.4g})")
+  load = layers[0].load
+  print(f"norm of each expert's router column (full bar: {top:.4g})" + (
+      f", and its load in steps {load.first_step} to {load.last_step} (full bar: twice the mean)" if load else ""))
+  width = max(len(layer.name) for layer in layers)
   for layer in layers:
-    print(f"  layer {layer.number:3d}  |{terminal.bars(layer.router_norms, top)}|")
-  terminal.table(("layer", "experts", "router norm", "to", "expert norm", "to", "closest pair", "cosine", "bias", "to"), [
-      (layer.number, len(layer.router_norms), *_range(layer.router_norms), *_range(layer.expert_norms),
-       "-".join(map(str, layer.closest[0])), layer.closest[1], *(_range(layer.bias) if layer.bias is not None else ("", "")))
-      for layer in layers], left=())
-  print("\n".join(troubles) or "no dead experts, none alike")
+    print(f"  {layer.name:{width}s}  |{terminal.bars(layer.router_norms, top)}|" + (
+        f"  |{terminal.bars(np.minimum(layer.load.over_mean, 2.0), 2.0)}|" if load else ""))
+  columns = ("layer", "experts", "router norm", "to", "expert norm", "to", "closest pair", "cosine", "bias", "to", "load", "to")
+  terminal.table(
+      columns,
+      [(layer.name, len(layer.router_norms), *_range(layer.router_norms), *_range(layer.expert_norms),
+        "-".join(map(str, layer.closest[0])), layer.closest[1], *(_range(layer.bias) if layer.bias is not None else ("", "")),
+        *(_range(layer.load.over_mean) if layer.load else ("", ""))) for layer in layers], left=("layer",))
+  print("\n".join(troubles) or _nothing_wrong(layers, arguments.alike))
   return DIFFERS if troubles else FINE
+
+
+def _nothing_wrong(layers: list[weight_health.Layer], alike: float) -> str:
+  """What was looked at and is fine, no more than that."""
+  seen = ["no router column or expert is zero, not finite or an outlier", f"of the closest pairs none has a cosine of {alike}"]
+  if layers[0].load:
+    seen.append("every expert is chosen")
+  else:
+    seen.append("who is chosen is not recorded here, so an expert without load would not show")
+  return "; ".join(seen)
 
 
 def _range(values) -> tuple[float, float]:
@@ -265,18 +284,22 @@ def cat(arguments) -> int:
   """Prints a leaf or a slice of it, or writes it as .npy."""
   found = _find(arguments)
   name, where = _parse_leaf(arguments.leaf)
-  leaf = found.source.leaves.get(name)
-  if leaf is None:
-    raise UserError(f"{found.folder} has no leaf {name!r}; `ls` shows the names" + _closest(name, found.source.leaves))
+  meant = leaf_names.select(found.source.leaves, name, str(found.folder))
+  if len(meant) > 1:  # the parameter goes before its moments
+    meant = [leaf for leaf in meant if leaf.startswith("params.")] or meant
+  if len(meant) > 1:
+    raise UserError(f"{name!r} may be any of {len(meant)} leaves: {', '.join(meant[:6])}" + (", ..." if meant[6:] else ""))
+  name, leaf = meant[0], found.source.leaves[meant[0]]
+  shown = f"{name}[{where}]" if where else name
   begin, end, squeezed = _bounds(leaf, where)
   values = found.source.read(name, begin, end)[squeezed]
   if arguments.out:
     np.save(arguments.out, values.astype(np.float32) if values.dtype.kind == "V" or values.dtype.name == "bfloat16" else values)
     print(f"{arguments.out}: {leaf.dtype} {'x'.join(map(str, values.shape)) or 'scalar'}")
   elif arguments.json:
-    terminal.as_json({"name": arguments.leaf, "dtype": leaf.dtype, "shape": values.shape, "values": values.astype(float)})
+    terminal.as_json({"name": shown, "dtype": leaf.dtype, "shape": values.shape, "values": values.astype(float)})
   else:
-    print(f"{arguments.leaf}: {leaf.dtype} {'x'.join(map(str, values.shape)) or 'scalar'}")
+    print(f"{shown}: {leaf.dtype} {'x'.join(map(str, values.shape)) or 'scalar'}")
     print(np.array2string(values.astype(np.float64) if values.dtype.kind not in "iub" else values, max_line_width=120))
   return FINE
 
@@ -312,19 +335,11 @@ def _bounds(leaf: stored.Leaf, where: str):
   return tuple(begin), tuple(end), tuple(squeezed)
 
 
-def _closest(name: str, names) -> str:
-  import difflib
-
-  near = difflib.get_close_matches(name, names, 1)
-  return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def diff(arguments) -> int:
   """Names, shapes, dtypes and values of two checkpoints; 1 if they differ by more than the tolerance."""
   a, b = _find(arguments), stored.find(arguments.other)
-  rows, names = [], fnmatch.filter(sorted(a.source.leaves.keys() | b.source.leaves.keys()), arguments.filter)
-  if not names:
-    raise UserError(f"no leaf of either matches --filter={arguments.filter}; `ls` shows the names")
+  rows, names = [], sorted(a.source.leaves.keys() | b.source.leaves.keys())
+  names = leaf_names.select(names, arguments.filter, "either checkpoint")
   for name in names:
     x, y = a.source.leaves.get(name), b.source.leaves.get(name)
     if x is None or y is None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import sys
 import time
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from moe import hardware
 from moe import sharding
 from moe import sizes as sizes_lib
 from moe.kernels.grouped_matmul import tile_rows
+from moe.terminal import progress
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 REMATS = ("none", "attention", "offload", "full")
@@ -183,8 +183,8 @@ def search(run: config.Run, topology: str, slices: int, devices: int, check, sec
       break
     if meshes.get(layout.mesh, 0) == 2 or value.hbm * needs.get(layout.remat, 0.0) > chip.hbm_bytes:
       continue
-    print(f"search: compiles {layout}", file=sys.stderr, flush=True)  # minutes each
-    result = check(applied(run, layout, slices), topology, slices)
+    with progress(f"layout {len(rows) + 1}: compiles {layout}"):  # minutes each
+      result = check(applied(run, layout, slices), topology, slices)
     peak = result["hbm"]["peak_bytes"]
     if peak:
       needs[layout.remat] = peak / value.hbm

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from typing import NamedTuple
 
 import numpy as np
+
+from moe.terminal import progress
+from tools import terminal
 
 DEGREES = (1, 2, 4, 8)
 
@@ -169,24 +171,28 @@ def from_topology(run, mesh, chip) -> Layer:
                selections * width * away, moved, moved, selections * of_row)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+  import jax
+
   from moe import config
   from moe import gin_config
   from moe import hardware
   from moe import sharding
   from tools import compile_check
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(prog="python -m tools.overlap", description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
   gin_config.add_arguments(parser)
   parser.add_argument("--topology", help="default: the one the run config names")
-  parser.add_argument("--compile", action="store_true", help="compile the step at each degree and read its schedule (libtpu)")
-  arguments, rest = parser.parse_known_args()
+  parser.add_argument("--compile", action="store_true", help="compile the step at each degree and read its schedule")
+  arguments, rest = parser.parse_known_args(argv)
+  run = gin_config.from_arguments(arguments, rest).run
+  topology, slices = compile_check.pod(arguments.gin_file, arguments.topology)
+  compile_check.must_have_libtpu()
   try:
-    run = gin_config.from_arguments(arguments, rest).run
-    topology, slices = compile_check.pod(arguments.gin_file, arguments.topology)
-    mesh = sharding.make_mesh(dataclasses.replace(run.mesh, slice=slices), compile_check.devices_of(topology, slices))
-  except config.ConfigError as error:
-    print(f"overlap: {error}", file=sys.stderr)
-    return 2
+    devices = compile_check.devices_of(topology, slices)
+  except (jax.errors.JaxRuntimeError, ValueError) as error:  # a slice that no pod has
+    raise config.ConfigError(f"{topology}: {' '.join(str(error).split())[:300]}") from error
+  mesh = sharding.make_mesh(dataclasses.replace(run.mesh, slice=slices), devices)
   layer = from_topology(run, mesh, hardware.topology(topology).chip)
   print(f"{topology}: one MoE layer, static estimate in ms (not timed): closed form, FSMoE's order played, early order played")
   for name, part in (("forward", layer), ("backward", layer.backward())):
@@ -198,7 +204,8 @@ def main() -> int:
     print("the step compiled at each degree: static estimate, s; experts' exchange exposed of all of it, ms; peak HBM, GB")
     steps = {}
     for r in DEGREES:
-      step = steps[r] = scheduled(run, topology, slices, r)
+      with progress(f"compiles the step with r = {r}"):
+        step = steps[r] = scheduled(run, topology, slices, r)
       exposed, exchange = step["exposed"] * 1e3, step["exchange"] * 1e3
       print(f"  r = {r}: {step['seconds']:7.3f}  {exposed:7.1f} of {exchange:7.1f}  {step['hbm'] / 1e9:6.2f}", flush=True)
     chosen = min(DEGREES, key=lambda r: (seconds(layer, r) + seconds(layer.backward(), r), r))
@@ -220,4 +227,4 @@ def scheduled(run, topology: str, slices: int, degree: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  terminal.run(main)

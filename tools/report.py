@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
   arguments = parser.parse_args(argv)
   if arguments.watch:
     return watch(arguments)
-  page = draw(arguments)
+  with terminal.progress(f"drawing {', '.join(arguments.run_dir)}"):
+    page = draw(arguments)
   terminal.as_json({"page": str(page)}) if arguments.json else print(page)
   return terminal.FINE
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import colorsys
+import dataclasses
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ from rich import console as rich_console
 from rich import text as rich_text
 
 from moe import generate
+from moe import hugging_face_files
 from tools import restore
 from tools import terminal
 
@@ -40,7 +42,10 @@ def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m tools.sample", description=__doc__.splitlines()[0])
   parser.add_argument("path", help="run directory, or checkpoints/<step> of one")
   parser.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
-  parser.add_argument("--tokens", type=int, default=300)
+  parser.add_argument("--tokens", type=int, default=300, help="at most; fewer where the text ends (default: %(default)s)")
+  parser.add_argument("--past_end", action="store_true", help="go on after the end of the text, with the next one")
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"),
+                      help="to compute in (default: the run's; of an import, its parameters')")
   parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token")
   parser.add_argument("--top_p", type=float, default=0.95)
   parser.add_argument("--seed", type=int, default=0)
@@ -51,14 +56,18 @@ def main(argv: list[str] | None = None) -> int:
   if arguments.tokens < 1 or not 0 < arguments.top_p <= 1 or arguments.temperature < 0:
     parser.error("--tokens must be at least 1, --top_p in (0, 1], --temperature at least 0")
   trained = restore.load(arguments.path)
-  prompt = np.concatenate([[trained.tokenizer.eos], trained.tokenizer.encode(arguments.prompt)]).astype(np.int32)
-  factor, row_tokens = trained.run.model.experts.capacity_factor, trained.run.data.sequence_tokens
-  if factor and not arguments.as_trained:
-    print(f"note: this model was trained with Experts.capacity_factor = {factor}, and decoding token by token drops nothing "
-          f"after the prompt; --as_trained decodes with the slots of a row of {row_tokens} tokens", file=sys.stderr)
-  made = generate.sample(trained.run.model, trained.params, prompt, arguments.tokens, seed=arguments.seed,
+  model = trained.run.model
+  if arguments.dtype:
+    model = dataclasses.replace(model, compute_dtype=arguments.dtype)
+  kept = hugging_face_files.of(trained.run, hugging_face_files.run_folder(arguments.path))
+  prompt = np.array(kept.encode(arguments.prompt, trained.tokenizer) or [kept.first(trained.tokenizer)], np.int32)
+  row_tokens, note = trained.run.data.sequence_tokens, generate.capacity_note(trained.run)
+  if note and not arguments.as_trained:
+    print(f"note: {note}; --as_trained decodes with the slots of a row of {row_tokens} tokens", file=sys.stderr)
+  made = generate.sample(model, trained.params, prompt, arguments.tokens, seed=arguments.seed,
                          vocab_size=trained.tokenizer.vocab_size, temperature=arguments.temperature, top_p=arguments.top_p,
-                         row_tokens=row_tokens if arguments.as_trained else 0)
+                         row_tokens=row_tokens if arguments.as_trained else 0,
+                         stops=() if arguments.past_end else kept.stops(trained.tokenizer))
   console = rich_console.Console(highlight=False, soft_wrap=True)
   console.print(rich_text.Text(arguments.prompt, style="bold") + rich_text.Text(trained.tokenizer.decode(made.ids)))
   if arguments.show_experts:

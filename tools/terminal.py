@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from moe.errors import UserError, storage_errors
+from moe.terminal import prepare_streams, progress  # noqa: F401  (progress: for all tools)
 
 FINE, DIFFERS, UNREADABLE = 0, 1, 2
 
 
 def run(main: Callable[[], int]) -> None:
   """Ends the process with main's exit code; 2 and one line for what a user can mend."""
+  prepare_streams()
   try:
     code = main()
     sys.stdout.flush()

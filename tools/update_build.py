@@ -20,7 +20,7 @@ _PACKAGES = {"gin": "gin_config", "orbax": "orbax_checkpoint", "pyarrow": None, 
 _DATA = {"moe_gin_config": ["configs/**/*.gin"], "moe_data_embedded": ["moe/data/corpora/*"],
          "tests_gin_config_test": ["tests/golden/*.txt"], "tests_hugging_face_test": ["tests/golden/hugging_face/**"],
          "tests_inspect_test": ["tests/golden/hugging_face/**"],
-         "tools_compile_check": ["tools/published_steps.json"],
+         "tools_compile_check": ["tools/published_steps.json"], "tools_tpu_prices": ["tools/tpu_prices.json"],
          "tests_build_file_test": ["BUILD", "requirements.txt", "moe/**/*.py", "tools/**/*.py", "tests/**/*.py"]}
 _SLOW = {"tests_model_test", "tests_step_test", "tests_train_test", "tests_checkpoint_test", "tests_data_test",
          "tests_bench_test", "tests_faults_test", "tests_network_test"}  # and those that need libtpu

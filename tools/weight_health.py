@@ -5,13 +5,22 @@ from __future__ import annotations
 import pathlib
 from typing import NamedTuple
 
+from etils import epath
 import numpy as np
 
+from moe import config
+from moe import jsonl
+from moe import metrics
 from moe import stored
 
 _SKETCH = 32  # x 32 random sums an expert, from which its likeness to others is guessed before it is computed
 _PAIRS = 8  # of a layer, computed exactly
 _DEAD = 1e-3  # of the layer's median norm
+# A norm is an outlier where it is at least this many times its layer's median, or as small a part of it, and as many robust
+# standard deviations (of the logarithms, over all layers) away. Among 1,000 normal values none is at 6.
+_OUTLIER_RATIO, _OUTLIER_DEVIATIONS = 4.0, 6.0
+_LOAD_STEPS = 50  # at least, before a checkpoint, over which the run's own load is summed
+_LOAD_BYTES = 8 << 20  # of the end of the records, looked at first
 
 
 def statistics(source: stored.Source, name: str, by_expert: bool = False) -> list[dict]:
@@ -49,33 +58,126 @@ def _is_expert_stack(name: str, shape) -> bool:
   return len(shape) == 4 and name.rpartition(".")[0].endswith("moe") and name.rpartition(".")[2] in ("gate", "up", "down")
 
 
+class Load(NamedTuple):
+  """What a run recorded of one layer before the checkpoint."""
+
+  first_step: int
+  last_step: int
+  counts: np.ndarray  # [E] selections
+
+  @property
+  def over_mean(self) -> np.ndarray:
+    return self.counts / max(self.counts.mean(), 1e-9)
+
+
 class Layer(NamedTuple):
   """One layer with experts."""
 
-  number: int  # among those
+  name: str  # with the model's own number; `MoE layer 1 of 58` where the checkpoint has no config
+  number: int  # the model's own, else among the layers with experts, from 0
   router_norms: np.ndarray  # [E] of each expert's column of the router
   expert_norms: np.ndarray  # [E] of all its matrices together
+  router_outliers: list[int]  # experts whose column is far from the others', see `_outliers`
+  expert_outliers: list[int]  # experts whose matrices are
   closest: tuple[tuple[int, int], float]  # the two whose first matrices are most alike, and their cosine
   alike: list[tuple[int, int, float]]  # pairs from the asked cosine on, among the closest ones
   bias: np.ndarray | None  # [E] selection bias
   without_gradient: list[int]  # experts whose second moments are all zero
+  load: Load | None  # where the checkpoint lies in a run with records of it
 
   def troubles(self) -> list[str]:
     """What is wrong, a line each."""
     found = []
-    for what, norms in (("router column", self.router_norms), ("matrices", self.expert_norms)):
-      middle = np.median(norms[np.isfinite(norms)]) if np.isfinite(norms).any() else 0.0
-      dead = [i for i, n in enumerate(norms) if not (np.isfinite(n) and n > _DEAD * middle)]
-      if dead:
-        found.append(f"layer {self.number}: the {what} of expert {', '.join(map(str, dead[:8]))} is all but zero or not finite")
-    found += [f"layer {self.number}: experts {a} and {b} are alike, cosine {c:.4f}" for a, b, c in self.alike]
+    for what, norms, outliers in (("router column", self.router_norms, self.router_outliers),
+                                  ("matrices", self.expert_norms, self.expert_outliers)):
+      finite = np.isfinite(norms)
+      middle = np.median(norms[finite]) if finite.any() else 0.0
+      broken = np.flatnonzero(~finite)
+      dead = np.flatnonzero(finite & (norms <= _DEAD * middle))
+      if len(broken):
+        found.append(f"{self.name}, expert {_listed(broken)}: {what} not finite")
+      if len(dead):
+        found.append(f"{self.name}, expert {_listed(dead)}: {what} all but zero")
+      found += [f"{self.name}, expert {i}: {what} of {_times(norms[i] / middle)} the norm of the layer's median"
+                f"{self._share(i)}" for i in outliers[:8]]
+    found += [f"{self.name}: experts {a} and {b} are alike, cosine {c:.4f}" for a, b, c in self.alike]
     if self.without_gradient:
-      found.append(f"layer {self.number}: expert {', '.join(map(str, self.without_gradient[:8]))} never had a gradient")
+      found.append(f"{self.name}, expert {_listed(self.without_gradient)}: no gradient, the second moments are all zero")
+    if self.load is not None and self.load.counts.mean() >= 100:  # else chance
+      idle = np.flatnonzero(self.load.counts == 0)
+      if len(idle):
+        found.append(f"{self.name}, expert {_listed(idle)}: chosen by no token in steps {self.load.first_step} to "
+                     f"{self.load.last_step}")
     return found
 
+  def _share(self, expert: int) -> str:
+    if self.load is None:
+      return ""
+    return (f"; it took {self.load.over_mean[expert]:.2g} times the mean load in steps {self.load.first_step} to "
+            f"{self.load.last_step}")
 
-def layers(source: stored.Source, alike: float) -> list[Layer]:
-  """Every layer that routes, by our names (`...layers.experts.moe`); [] where there is none."""
+
+def _listed(experts) -> str:
+  return ", ".join(map(str, experts[:8])) + (f" and {len(experts) - 8} more" if len(experts) > 8 else "")
+
+
+def _times(ratio: float) -> str:
+  return f"{ratio:.3g} times" if ratio >= 1 else f"1/{1 / ratio:.3g}"
+
+
+def _outliers(norms: np.ndarray) -> list[list[int]]:
+  """For each layer the experts whose norm is far from the median of their layer, in norms [L, E]; dead ones and those that are
+  not finite are left out, for they are named as such."""
+  finite = np.isfinite(norms)
+  middle = np.nanmedian(np.where(finite, norms, np.nan), -1, keepdims=True) if finite.any() else np.ones((len(norms), 1))
+  alive = finite & (norms > _DEAD * middle)
+  distance = np.abs(np.log(np.where(alive, norms, 1.0) / np.where(middle > 0, middle, 1.0)))
+  spread = 1.4826 * np.median(distance[alive]) if alive.any() else 0.0
+  limit = max(np.log(_OUTLIER_RATIO), _OUTLIER_DEVIATIONS * spread)
+  return [np.flatnonzero(row).tolist() for row in alive & (distance >= limit)]
+
+
+def recorded_load(folder: epath.Path, step: int | None) -> metrics.Window | None:
+  """The selections [L, E] of the last steps before a checkpoint, from the records of the run in which it lies; None where it
+  lies in none, or its records have no load."""
+  place = epath.Path(folder)
+  run_dir = next((up for up in (place, *list(place.parents)[:3]) if (up / "metrics.jsonl").exists()), None)
+  if run_dir is None or step is None:
+    return None
+  path = run_dir / "metrics.jsonl"
+  windows = _windows(jsonl.read_end(path, _LOAD_BYTES), step) if jsonl.is_local(path) else []
+  windows = windows or _windows(jsonl.read(path), step)
+  left_open = metrics.Window.from_record(jsonl.read_one(metrics.latest_path(run_dir, "load")))
+  if left_open and left_open.last_step < step and (not windows or windows[-1].last_step < left_open.first_step):
+    windows.append(left_open)
+  total = None
+  for window in reversed(windows):
+    if total is not None and (total.steps >= _LOAD_STEPS or window.counts.shape != total.counts.shape):
+      break
+    total = window if total is None else metrics.Window(window.first_step, total.last_step, window.counts + total.counts)
+  return total
+
+
+def _windows(records, step: int) -> list[metrics.Window]:
+  """Those of the steps before `step`."""
+  windows: list[metrics.Window] = []
+  for record in records:
+    window = metrics.Window.from_record(record) if record.get("kind") == "load" else None
+    if window and window.last_step < step:
+      metrics.append_window(windows, window)
+  return windows
+
+
+def layers(source: stored.Source, alike: float, model: config.Model | None = None,
+           load: metrics.Window | None = None) -> list[Layer]:
+  """Every layer with experts, by our names (`...layers.experts.moe`); [] where there is none.
+
+  Args:
+    source: the arrays.
+    alike: the cosine from which on two experts are alike.
+    model: the checkpoint's config, which knows the dense layers.
+    load: see `recorded_load`.
+  """
   first = next((name for name in source.leaves if name.endswith("layers.experts.moe.gate") and ".mu." not in name
                 and ".nu." not in name), None)
   if first is None:
@@ -94,12 +196,21 @@ def layers(source: stored.Source, alike: float) -> list[Layer]:
   bias = stored.whole(source, bias_name) if bias_name else None
   sketch = _sketches(source, first)
   idle = _without_gradient(source, prefix)
+  router_outliers, expert_outliers = _outliers(columns), _outliers(norms)
+  known = load is not None and load.counts.shape[1] == experts and len(load.counts) in (1, count)  # 1: a pre-gate
   found = []
-  for number in range(count):
-    pairs = _closest_pairs(source, first, number, sketch[number])
-    found.append(Layer(number, columns[number], norms[number], (pairs[0][:2], pairs[0][2]) if pairs else ((0, 0), 1.0),
-                       [pair for pair in pairs if pair[2] >= alike],
-                       None if bias is None else np.atleast_2d(bias)[number % len(np.atleast_2d(bias))], idle[number]))
+  for i in range(count):
+    pairs = _closest_pairs(source, first, i, sketch[i])
+    found.append(Layer(
+        name=model.moe_layer_name(i) if model else f"MoE layer {i + 1} of {count}",
+        number=model.moe_layer_number(i) if model else i,
+        router_norms=columns[i], expert_norms=norms[i],
+        router_outliers=router_outliers[i], expert_outliers=expert_outliers[i],
+        closest=(pairs[0][:2], pairs[0][2]) if pairs else ((0, 0), 1.0),
+        alike=[pair for pair in pairs if pair[2] >= alike],
+        bias=None if bias is None else np.atleast_2d(bias)[i % len(np.atleast_2d(bias))],
+        without_gradient=idle[i],
+        load=Load(load.first_step, load.last_step, load.counts[i % len(load.counts)]) if known else None))
   return found
 
 
@@ -163,12 +274,17 @@ def draw(found: list[Layer], path: pathlib.Path) -> None:
               ("norm of the experts", [layer.expert_norms for layer in found])]
   if found[0].bias is not None:
     pictures.append(("selection bias", [layer.bias for layer in found]))
+  if found[0].load is not None:
+    steps = f"steps {found[0].load.first_step} to {found[0].load.last_step}"
+    pictures.append((f"load over the mean, {steps}", [layer.load.over_mean for layer in found]))
   figure, axes = plt.subplots(1, len(pictures), figsize=(5 * len(pictures), 1.2 + 0.3 * max(len(found), 6)), squeeze=False,
                               layout="constrained")
   for axis, (title, values) in zip(axes[0], pictures):
     image = axis.imshow(np.array(values), aspect="auto", cmap="viridis")
     axis.set(title=title, xlabel="expert", ylabel="layer")
     axis.locator_params(integer=True)
+    if len(found) <= 32:
+      axis.set_yticks(range(len(found)), [layer.number for layer in found])
     figure.colorbar(image, ax=axis)
   figure.savefig(path, dpi=110)
   plt.close(figure)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import lzma
+import os
 import pathlib
 import re
 import sys
@@ -29,7 +30,7 @@ def resolve(path: str) -> pathlib.Path:
     DataError: unknown embedded corpus, the cache cannot be written, or as `records.fetch`.
   """
   if not path.startswith(_PREFIX):
-    return records.fetch(path) if "://" in path else pathlib.Path(path)
+    return records.fetch(path) if "://" in path else pathlib.Path(os.path.expanduser(path))
   name = path.removeprefix(_PREFIX)
   if name not in _CORPORA:
     raise DataError(f"there is no embedded corpus {name!r}; there are {', '.join(_CORPORA)}")

@@ -43,9 +43,12 @@ class _Part(NamedTuple):
     return len(self.window.inputs)
 
 
-def windows(ids: np.ndarray, eos: int, length: int) -> Iterator[Window]:
-  """The windows of one document of ids [n], each of at most `length` tokens; n + 1 targets are scored, the last is eos."""
-  inputs = np.concatenate([[eos], ids]).astype(np.int32)
+def windows(ids: np.ndarray, eos: int, length: int, bos: int | None = None) -> Iterator[Window]:
+  """The windows of one document of ids [n], each of at most `length` tokens; n + 1 targets are scored, the last is eos.
+
+  The first input is bos; None: eos.
+  """
+  inputs = np.concatenate([[eos if bos is None else bos], ids]).astype(np.int32)
   targets = np.concatenate([ids, [eos]]).astype(np.int32)
   total = len(inputs)
   scored_to = begin = 0
@@ -94,7 +97,7 @@ def _parts(path: str, split: str, tokenizer: Tokenizer, length: int) -> Iterator
   for document in records.read_documents(embedded.resolve(path), split):
     ids = tokenizer.encode(document.text)
     bytes_per_token = len(document.text.encode()) / (len(ids) + 1)
-    for window in windows(ids, tokenizer.eos, length):
+    for window in windows(ids, tokenizer.eos, length, tokenizer.bos):
       yield _Part(window, bytes_per_token * int(window.scored.sum()))
 
 

@@ -31,7 +31,7 @@ class Loader:
   """An endless iterator over the part of the global batches that one host needs.
 
   `next()` gives a tuple (inputs, targets, segment_ids, positions), each [rows, columns] int32. Targets follow inputs within
-  a document; the first input of a document is the end-of-document id. A row holds documents of one domain.
+  a document; the first input of a document is the tokenizer's bos. A row holds documents of one domain.
   """
 
   def __init__(self, data: config.Data, seed: int, rows: Sequence[int] | None = None, columns: slice = slice(None)):
@@ -48,7 +48,7 @@ class Loader:
     """
     self._data, self._seed, self._columns = data, seed, columns
     self._rows = list(range(data.batch_sequences)) if rows is None else [int(row) for row in rows]
-    self._tokenizer = tokenizers.load(data.tokenizer)
+    self._tokenizer = tokenizers.load(data.tokenizer, data.bos)
     self._position = 0  # rows of the run before the next batch
     self._prepare(rows_lib.Order.of(data), {})
 
@@ -90,6 +90,13 @@ class Loader:
     return {"fingerprint": self._fingerprint, "batch_sequences": self._data.batch_sequences, "rows": self._position,
             "shards": self._shards.states_before(self._position)}
 
+  def domain_tokens(self) -> dict[str, int]:
+    """Tokens of the last batch, over all hosts, in rows of each domain; padding counts too."""
+    last = range(self._position - self._data.batch_sequences, self._position)
+    found = rows_lib.domains_of(last, self._order, self._data, self._seed)
+    counts = self._data.sequence_tokens * np.bincount(found, minlength=len(self._data.domains))
+    return {domain.name: int(count) for domain, count in zip(self._data.domains, counts)}
+
   def restore(self, state: dict[str, Any]) -> None:
     """Continues bit-exactly after `state`, which may come from other hosts (see `merge_states`) and another batch size.
 
@@ -120,6 +127,7 @@ class Loader:
     self._position = position
 
   def _prepare(self, order: rows_lib.Order, states: dict[int, dict]) -> None:
+    self._order = order
     streams = rows_lib.Streams(self._data, self._seed, self._tokenizer, order)
     self._shards = _Shards(self._data, self._seed, order, streams, states)
     self._fingerprint = _fingerprint(self._data, self._seed, self._tokenizer, order)
@@ -204,6 +212,7 @@ def _fingerprint(data: config.Data, seed: int, tokenizer, order: rows_lib.Order)
       "order": rows_lib.VERSION, **order._asdict(),
       "domains": [[d.name, d.weight, digests(d.path)] for d in data.domains], "seed": seed,
       "sequence_tokens": data.sequence_tokens, "packing": data.packing,
-      "tokenizer": data.tokenizer, "vocab_size": tokenizer.vocab_size,
+      # What the ids depend on, not the path: the same file elsewhere goes on, another one at the same path does not.
+      "tokenizer": tokenizer.digest, "eos": tokenizer.eos, "bos": tokenizer.bos, "vocab_size": tokenizer.vocab_size,
       "grain": grain.__version__ if hasattr(grain, "__version__") else "",
   }

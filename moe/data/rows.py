@@ -45,9 +45,28 @@ class Order(NamedTuple):
     rows_per_batch = -(-data.batch_sequences // shards)
     return cls(shards, WINDOW_BATCHES * rows_per_batch)
 
+  def places(self, seed: int, shard: int, window: int) -> np.ndarray:
+    """[window_rows] int64: which of the rows that fill a window is given out first, second, and so on."""
+    return mixture.permutation(self.window_rows, seed, shard, window, 3)
+
   def rows_before(self, shard: int, position: int) -> int:
     """Rows of a shard among the first `position` rows of the run."""
     return max(-((shard - position) // self.virtual_shards), 0)
+
+
+def domains_of(rows: range, order: Order, data: config.Data, seed: int) -> np.ndarray:
+  """Which domain each of these rows of the run is of, [n] int64 indices into `data.domains`; nothing is read."""
+  weights = tuple(domain.weight for domain in data.domains)
+  places = functools.cache(order.places)  # rows of a batch share windows, and windows blocks
+  blocks = functools.cache(functools.partial(mixture.block, weights, seed))
+  found = np.zeros(len(rows), np.int64)
+  for i, number in enumerate(rows):
+    index, shard = divmod(number, order.virtual_shards)
+    window, place = divmod(index, order.window_rows)
+    filled = window * order.window_rows + int(places(seed, shard, window)[place])
+    block, place = divmod(filled, mixture.BLOCK_ROWS)
+    found[i] = blocks(shard, order.virtual_shards, block)[place]
+  return found
 
 
 class VirtualShard:
@@ -112,7 +131,7 @@ class VirtualShard:
       while len(self._filling) < self._order.window_rows:  # the first window only: later ones are full by now
         self._fill()
       self._window, self._filling = self._filling, []
-      self._places = mixture.permutation(self._order.window_rows, self._seed, self._shard, window, 3)
+      self._places = self._order.places(self._seed, self._shard, window)
     self._fill()
     self._given += 1
     row, self._window[self._places[place]] = self._window[self._places[place]], None
@@ -180,7 +199,7 @@ def _bins(shard: int, shards: int) -> int:
 
 def _tokenize(tokenizer, record: bytes) -> dict[str, np.ndarray]:
   ids = tokenizer.encode(records.Document.decode(record).text)
-  return {"inputs": np.concatenate([[tokenizer.eos], ids]).astype(np.int32),
+  return {"inputs": np.concatenate([[tokenizer.bos], ids]).astype(np.int32),
           "targets": np.concatenate([ids, [tokenizer.eos]]).astype(np.int32)}
 
 

@@ -20,12 +20,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from etils import epath
-
 from moe import command_line
 from moe import config
 from moe import gin_config
 from moe import jsonl
+from moe import run_dir
 from moe.errors import storage_errors
 from moe.snapshot import leader as leader_lib
 from moe.snapshot import wire
@@ -98,8 +97,6 @@ class Supervisor:
       (address, _, port), self.hosts, self.host = found[0].rpartition(":"), found[1], found[2]
     else:
       port = 0
-    if self.hosts > 1 and not arguments.run_dir:
-      raise config.ConfigError("--supervise on several hosts needs --run_dir, the same on all of them")
     if self.hosts > 1 and not arguments.token_file:
       raise config.ConfigError("--supervise on several hosts needs --token_file: the same secret on all of them "
                                "(head -c 32 /dev/urandom | base64 > FILE; chmod 600 FILE)")
@@ -107,10 +104,7 @@ class Supervisor:
     self._tls_files = command_line.tls(arguments.tls)
     self._tls = wire.tls_contexts(*self._tls_files)
     self.limits = run.snapshot
-    self.run_dir = epath.Path(arguments.run_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
-    if "://" not in str(self.run_dir):
-      self.run_dir = epath.Path(os.path.abspath(self.run_dir))
-    self.run_dir.mkdir(parents=True, exist_ok=True)
+    self.run_dir = run_dir.choose(arguments.run_dir, self.hosts)
     self._command, self._resume = [*trainer_command, f"--run_dir={self.run_dir}"], arguments.resume
     self._events: queue.Queue[tuple[str, Any]] = queue.Queue()
     self._folder = wire.socket_folder()
@@ -118,21 +112,20 @@ class Supervisor:
     self._leader_address = (address, int(port))
     self._closing: list[Callable[[], None]] = []
     if self.host == 0:
+      owner = run_dir.Owner(self.run_dir, self._say)  # for all of its trainers
+      self._closing.append(owner.release)
       self._start_leader(address, int(port), run.snapshot)
 
   def _start_leader(self, address: str, port: int, limits: config.Snapshot) -> None:
     settings = leader_lib.Settings(self.hosts, limits.group_hosts, limits.parity_hosts, limits.check_share,
                                    limits.same_failures, address, f"{self._folder}/keeper")
-    writer = jsonl.Writer(self.run_dir / "events.jsonl")
+    events = jsonl.open_outlet(self.run_dir / "events.jsonl", lambda news: self._say(f"ALARM {news.message}"))
 
     def record(name: str, **fields) -> None:
-      try:
-        writer.write({"event": name, "time": round(time.time(), 3), "source": "leader", **fields})
-      except OSError as error:
-        self._say(f"ALARM events could not be written: {error}")
+      events.put(json.dumps({"event": name, "time": round(time.time(), 3), "source": "leader", **fields}))
 
     leader = leader_lib.Leader(settings, self.run_dir, record, self._say)
-    self._closing += [leader.close, writer.close]
+    self._closing += [leader.close, events.close]
     listener = wire.Listener(address, port, self._token, leader.serve, tls=self._tls[0], log=self._say)
     self._leader_address = listener.address
 

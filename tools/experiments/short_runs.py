@@ -33,7 +33,7 @@ def train(flags: list[str]) -> dict[str, float]:
   """Trains the quickstart with these gin flags; measures it on a part of each domain's validation text."""
   run = gin_config.resolve([gin_config.CONFIGS / "run/quickstart.gin"], flags).run
   mesh = sharding.make_mesh(run.mesh)
-  loader, tokenizer = pipeline.Loader(run.data, run.train.seed), tokenizers.load(run.data.tokenizer)
+  loader, tokenizer = pipeline.Loader(run.data, run.train.seed), tokenizers.load(run.data.tokenizer, run.data.bos)
   rows = sharding.batch_sharding(mesh)
   with jax.set_mesh(mesh):
     state, train_step = step_lib.init_state(run, mesh), step_lib.jit_train_step(run, mesh)

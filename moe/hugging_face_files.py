@@ -162,8 +162,11 @@ def of(run: config.Run, run_folder=None, given=None) -> Kept:
   places = [] if run_folder is None else [epath.Path(run_folder) / FOLDER]
   if own != "byte":
     places += [_folder_of(run.data.tokenizer), _folder_of(own)]
-  there = given if given is not None else next((place for place in places if place.is_dir()), None)
-  return Kept(dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=own)), there)
+  run = dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=own))
+  if given is not None:
+    return Kept(run, given)
+  found = [Kept(run, place) for place in places if place.is_dir()]
+  return next((kept for kept in found if kept.folder is not None), found[0] if found else Kept(run))
 
 
 def _folder_of(tokenizer: str) -> epath.Path:

@@ -48,6 +48,7 @@ from moe import evaluate
 from moe import experts
 from moe import generate
 from moe import gin_config
+from moe import hugging_face_files
 from moe import metrics as metrics_lib
 from moe import preflight
 from moe import schedules
@@ -143,6 +144,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
     if first_host:  # after the restore: a config that is refused never ran
       _write_description(run_dir, run, resolved)
       tokenizers.save(tokenizer, run_dir / "tokenizer")  # the tools take this copy: the file itself may change
+      hugging_face_files.keep(run, run_dir, arguments.init_from)
       (run_dir / "DONE").unlink(missing_ok=True)
     loader.start()  # beside the compile
     snapshots.warm(state)

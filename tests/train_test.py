@@ -357,7 +357,9 @@ def test_full_disk_does_not_end_the_run(corpus, tmp_path):
   if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]).returncode:
     pytest.skip("mounting a small file system needs root")
   try:
-    done = finish(command(corpus, tmp_path / "run", **{"Checkpoint.keep_last": 20}))
+    done = finish(command(corpus, tmp_path / "run", **{"Checkpoint.keep_last": 20}), expected=4)
+    assert "all 24 steps are done, but the last checkpoint could not be saved" in done.stderr
+    assert not (tmp_path / "run" / "DONE").exists()
     assert "ALARM a checkpoint could not be saved" in done.stdout or "could not be saved" in done.stdout
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert any(e["event"] == "alarm" for e in events) and len(losses(tmp_path / "run")) == 24

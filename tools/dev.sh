@@ -57,7 +57,7 @@ case "$verb" in
     environment .venv-test 11 -r tools/requirements_test.txt
     exec .venv-test/bin/python -m pytest -n 0 tests/faults_test.py tests/network_test.py "$@" ;;
   parity)
-    environment .venv-parity 11 -r tools/requirements_test.txt "torch==2.13.0+cpu" "transformers==5.23.0" "lm-eval==0.4.13"
+    environment .venv-parity 11 -r tools/requirements_test.txt "torch==2.13.0+cpu" "transformers==5.23.0" "lm-eval[hf]==0.4.13"
     exec .venv-parity/bin/python -m pytest -n 0 tests/hugging_face_test.py tests/lm_harness_test.py "$@" ;;
   run) environment .venv 11; PATH="$PWD/.venv/bin:$PATH" exec "$@" ;;
   *) sed -n '2,8s/^# \{0,1\}//p' "$0"; [ "$verb" = help ] ;;

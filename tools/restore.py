@@ -31,19 +31,10 @@ def load(path: str) -> Trained:
   """
   logging.getLogger("absl").setLevel(logging.CRITICAL)
   run = config.from_dict(config.Run, checkpoint.read_run_config(path))
-  tokenizer = tokenizers.load(_tokenizer_of(run, path), run.data.bos)
+  tokenizer = tokenizers.load(hugging_face_files.tokenizer_of(run, hugging_face_files.run_folder(path)), run.data.bos)
   if tokenizer.vocab_size > run.model.vocab_size:
     raise config.ConfigError(f"the tokenizer {run.data.tokenizer!r} has {tokenizer.vocab_size} ids but the model only "
                              f"{run.model.vocab_size}: it is of another tokenizer")
   mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
   step, params = checkpoint.restore_params(path, step_lib.abstract_state(run, mesh).params)
   return Trained(run, step, params, mesh, tokenizer)
-
-
-def _tokenizer_of(run: config.Run, path: str) -> str:
-  """The copy that the run keeps: the file that its config names may have changed, or be elsewhere."""
-  folder = hugging_face_files.run_folder(path)
-  if run.data.tokenizer == "byte" or folder is None:
-    return run.data.tokenizer
-  kept = folder / "tokenizer" / "tokenizer.json"
-  return str(kept) if kept.exists() else run.data.tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -123,7 +124,7 @@ class Owner:
         self._write_lease(None)
 
   def _lock(self) -> None:
-    file = open(self._path / ".owner", "a+")
+    file = open(self._path / ".owner", "a+b", buffering=0)
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -136,10 +137,10 @@ class Owner:
       self._say(f"note: {self._path} cannot be locked ({error.strerror}): take care that no other job uses it")
       self._ended.set()
       return
-    file.truncate(0)
-    file.write(json.dumps(self._me))
-    file.flush()
     self._file = file
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without the text
+      file.truncate(0)
+      file.write(json.dumps(self._me).encode())
 
   def _taken(self, owner: dict[str, Any]) -> ConfigError:
     who = f"process {owner['pid']} on {owner['host']}, since {owner['since']}" if owner else "another process"
@@ -193,7 +194,7 @@ class Owner:
       pass  # a store that is away for a moment ends no run
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def _parsed(text: str | bytes) -> dict[str, Any]:
   try:
     owner = json.loads(text)
     return owner if {"host", "pid", "since"} <= owner.keys() else {}

@@ -142,10 +142,13 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
         state = step_lib.TrainState(state.step, params, state.opt_state, state.guard)
         recorder.terminal.say(f"parameters from {arguments.init_from} (step {source_step})")
     if first_host:  # after the restore: a config that is refused never ran
-      _write_description(run_dir, run, resolved)
-      tokenizers.save(tokenizer, run_dir / "tokenizer")  # the tools take this copy: the file itself may change
-      hugging_face_files.keep(run, run_dir, arguments.init_from)
-      (run_dir / "DONE").unlink(missing_ok=True)
+      try:
+        _write_description(run_dir, run, resolved)
+        tokenizers.save(tokenizer, run_dir / "tokenizer")  # the tools take this copy: the file itself may change
+        hugging_face_files.keep(run, run_dir, arguments.init_from)
+        (run_dir / "DONE").unlink(missing_ok=True)
+      except storage_errors() as error:
+        raise ConfigError(f"{run_dir} cannot be written: {error}; make room there, or choose another --run_dir") from error
     loader.start()  # beside the compile
     snapshots.warm(state)
     recorder.event("start", step=start, devices=len(mesh.devices.flat), hosts=jax.process_count())

@@ -12,8 +12,8 @@ from tests import small
 # attention (4), group-limited choice (2), shared experts and their gate (2), QKV bias, the soft cap. The family of
 # routers added 16: the gate (4 with its options), the recurrent router (6) and the pre-gate (4) with their variants, the
 # selection bias, the micro mix and the capacity group, less the softmax order, which renormalize says already. The kernels
-# added one, the name that forces an attention, and the snapshots ten; the bound of the last evaluation one, the token that begins
-# a document one, the observers four.
+# added one, the name that forces an attention, and the snapshots ten; the bound of the last evaluation one, the token that
+# begins a document one, the observers four.
 NUMBER_OF_KNOBS = 139
 
 

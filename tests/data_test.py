@@ -1,6 +1,7 @@
 """Data: exact resume, any number of hosts, packing, windows, and damaged files."""
 
 import json
+import os
 import pathlib
 import threading
 import time
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from moe import config
+from moe import hardware
 from moe.data import embedded
 from moe.data import evaluation
 from moe.data import pipeline
@@ -344,3 +346,19 @@ def test_damaged_files(domains, tmp_path):
     records.open_split(folder, "train")
   with pytest.raises(DataError, match="is not a data directory"):
     records.open_split(tmp_path / "nowhere", "train")
+
+
+@pytest.mark.parametrize("cache", ["/dev/null/cache", "/proc/none"])
+def test_a_cache_that_cannot_be_written_is_one_line_and_stops_no_compiling(monkeypatch, cache):
+  monkeypatch.setenv("MOE_CACHE", cache)
+  with pytest.raises(DataError, match="set MOE_CACHE to a folder that can be written") as caught:
+    embedded.resolve("embedded:kjv")
+  assert "\n" not in str(caught.value)
+  assert "compiled programs are not kept" in hardware.use_compile_cache()
+
+
+def test_nobody_without_a_home_has_a_cache(monkeypatch):
+  monkeypatch.delenv("MOE_CACHE", raising=False)
+  monkeypatch.delenv("HOME", raising=False)
+  monkeypatch.setattr(pathlib.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+  assert hardware.cache_folder().name == f"moe-{os.getuid()}"

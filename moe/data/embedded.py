@@ -39,9 +39,9 @@ def resolve(path: str) -> pathlib.Path:
   if not folder.exists():
     try:
       records.write_domain(folder, documents())
-    except DataError:
+    except DataError as error:
       if not folder.exists():  # else another process was faster
-        raise
+        raise DataError(f"{error}; set MOE_CACHE to a folder that can be written") from error
   return folder
 
 

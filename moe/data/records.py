@@ -73,8 +73,11 @@ def write_domain(folder: pathlib.Path, documents: dict[str, Iterable[Document]],
   """
   if folder.exists():
     raise DataError(f"{folder} exists already; remove it or choose another --output")
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+  except OSError as error:
+    raise DataError(f"cannot write {folder}: {error}") from error
   try:
     manifest = write_manifest(scratch, {split: _write_split(scratch, split, docs, shards) for split, docs in documents.items()})
     scratch.chmod(0o755)

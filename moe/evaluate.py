@@ -104,8 +104,9 @@ def _examples(window: evaluation.Window, chosen: jax.Array, num_experts: int, to
   return analysis.examples(first[..., None], inputs, scored, num_experts, tokenizer.decode, segment_ids=segment_ids)
 
 
-def routing_table(results: dict[str, dict[str, Any]], most_layers: int = 8) -> list[str]:
-  """A few lines for the terminal: the routing of each layer, over all domains, where there are many the worst loaded."""
+def routing_table(results: dict[str, dict[str, Any]], model: config.Model, most_layers: int = 8) -> list[str]:
+  """A few lines for the terminal: the routing of each layer, by its number in the model, over all domains; where there are
+  many the worst loaded."""
   counts = np.stack([r["expert_counts"] for r in results.values()])  # [domains, L, E]
   total = counts.sum(0)
   columns = {
@@ -115,7 +116,8 @@ def routing_table(results: dict[str, dict[str, Any]], most_layers: int = 8) -> l
       "specialised": analysis.specialisation(counts)}
   lines = ["  layer" + "".join(f"{name:>16s}" for name in columns)]
   worst = np.argsort(-columns["max/mean load"], kind="stable")[:most_layers]
-  lines += [f"  {layer:5d}" + "".join(f"{values[layer]:16.2f}" for values in columns.values()) for layer in sorted(worst)]
+  lines += [f"  {model.moe_layer_number(layer):5d}" + "".join(f"{values[layer]:16.2f}" for values in columns.values())
+            for layer in sorted(worst)]
   if len(total) > most_layers:
     lines.append(f"  (the {most_layers} most uneven of {len(total)} layers)")
   return lines

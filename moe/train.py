@@ -203,7 +203,7 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
       results = {name: result for name, (result, _) in results.items()}
       recorder.terminal.say(f"eval at step {step}: " + ", ".join(
           f"{name} {result['bits_per_byte']:.4f} bits/byte" for name, result in results.items()))
-      for line in evaluate.routing_table(results):
+      for line in evaluate.routing_table(results, run.model):
         recorder.terminal.say(line)
       return results
 
@@ -248,7 +248,8 @@ def train(arguments: argparse.Namespace, resolved: gin_config.Resolved) -> None:
                            step=at)
           recorder.metrics("train", at, record)
           if run.model.router.gate != "soft" and (layers := watch.push(record["expert_counts"])):
-            recorder.alarm(f"routing has collapsed in layer(s) {', '.join(map(str, layers))}: few experts take nearly all "
+            names = ", ".join(map(run.model.moe_layer_name, layers))
+            recorder.alarm(f"routing has collapsed in {names}: few experts take nearly all "
                            "tokens; raise Router.balance_coef, or lower the learning rate", step=at, layers=layers)
         if skipped >= _MAX_SKIPPED_STEPS and replay is None and (found := snapshots.rewound(abstract)):
           recorder.alarm(f"{skipped} steps in a row were skipped: back to the snapshot of step {found.step}, for one replay")
@@ -546,7 +547,7 @@ def main(argv: list[str] | None = None) -> int:
   logging.getLogger("absl").setLevel(logging.CRITICAL)
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # TensorStore's writers, after a failed save
   arguments, rest = command_line.parse(sys.argv[1:] if argv is None else argv)
-  supervised = command_line.SUPERVISED in os.environ
+  supervised, resolved = command_line.SUPERVISED in os.environ, None
   try:
     resolved = gin_config.from_arguments(arguments, rest)
     if arguments.print_config:
@@ -560,7 +561,8 @@ def main(argv: list[str] | None = None) -> int:
   except tuple(_CODES) as error:
     if arguments.traceback:
       raise
-    terminal.complain(f"{_CODES[type(error)][1]}: {error}")
+    said = resolved.located(error) if resolved and isinstance(error, ConfigError) else error
+    terminal.complain(f"{_CODES[type(error)][1]}: {said}")
     code = _CODES[type(error)][0]
   except KeyboardInterrupt:
     terminal.complain("stopped by Ctrl-C; the same command goes on from the last checkpoint")

@@ -122,7 +122,7 @@ def test_collapsed_routing_raises_an_alarm(corpus, tmp_path):
   """A router of zeros, never updated: every token takes the first two experts."""
   done = finish(command(corpus, tmp_path, **{"InitStd.router": 0.0, "Optimizer.learning_rate": 0.0, "Train.steps": 12,
                                              "Experts.capacity_factor": 1.0, "Experts.drop_policy": '"random"'}))
-  assert done.stdout.count("ALARM routing has collapsed in layer(s) 0, 1") == 1
+  assert done.stdout.count("ALARM routing has collapsed in layer 0, layer 1") == 1
   assert "WARNING: Experts.drop_policy = 'random' lets later tokens decide" in done.stdout
   assert "sample:" not in done.stdout  # such a model cannot be sampled token by token
 

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             f"accuracy {result['accuracy']:.2%}  {result['bytes']:,} bytes of {arguments.split}")
       forward, floor = (result[key] / result["tokens"] for key in ("forward_tokens", "window_tokens"))
       print(f"{'':12s} {forward:.2f} tokens run for each that is scored, {floor:.2f} without padding")
-    print("routing, all domains together", *evaluate.routing_table(results), sep="\n")
+    print("routing, all domains together", *evaluate.routing_table(results, trained.run.model), sep="\n")
   return terminal.FINE
 
 

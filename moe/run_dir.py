@@ -36,16 +36,26 @@ def choose(given: str | None, hosts: int = 1) -> epath.Path:
   Raises:
     ConfigError: it cannot be made, or a checkpoint could not be saved in it.
   """
+  path = named(given, hosts)
+  try:
+    return _made(path) if given is None else _there(path)
+  except storage_errors() as error:
+    raise ConfigError(f"--run_dir={path} cannot be made: {getattr(error, 'strerror', None) or error}") from error
+
+
+def named(given: str | None, hosts: int = 1) -> epath.Path:
+  """The directory that `choose` would make, where nobody has one of this second's name.
+
+  Raises:
+    ConfigError: a checkpoint could not be saved in it, or several hosts would each mean another.
+  """
   if given is None and hosts > 1:
     raise ConfigError(f"a job of {hosts} hosts needs --run_dir, the same on all of them")
   path = absolute(given or time.strftime("runs/%Y%m%d-%H%M%S"))
   if found := set(_PATTERN) & set(str(path)):
     raise ConfigError(f"--run_dir={path} has {' and '.join(sorted(found))} in it, and no checkpoint can be saved there: "
                       "patterns begin with it; choose another name")
-  try:
-    return _made(path) if given is None else _there(path)
-  except storage_errors() as error:
-    raise ConfigError(f"--run_dir={path} cannot be made: {getattr(error, 'strerror', None) or error}") from error
+  return path
 
 
 def absolute(path) -> epath.Path:

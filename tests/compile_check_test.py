@@ -80,11 +80,25 @@ def test_which_steps_are_compiled(flags, compiled, monkeypatch, capsys):
     return {**RESULT, "step": step, "fits": step == "train"}
 
   monkeypatch.setattr(compile_check, "check", check)
+  monkeypatch.setattr(compile_check, "inputs_notes", lambda run, topology, slices: [])  # needs libtpu's devices
   monkeypatch.setattr(compile_check.importlib.util, "find_spec", lambda name: True)
   code = compile_check.main(["--gin_file=configs/run/quickstart.gin", "--topology=v5p:2x2x1", "--json", *flags])
   result = json.loads(capsys.readouterr().out)
   assert steps == compiled and result["step"] == compiled[0] and ("evaluation" in result) == (len(compiled) == 2)
   assert code == (0 if compiled == ["train"] else 1)  # of all that were compiled, one does not fit
+
+
+def test_data_that_is_elsewhere_is_a_note(monkeypatch, tmp_path):
+  """What is compiled does not depend on it; a tokenizer that does not fit the model is an error."""
+  monkeypatch.setattr(compile_check, "devices_of", lambda topology, slices: jax.devices()[:1])
+  flags = ["--gin.Mesh.data=1", '--gin.kjv/Domain.path="/nowhere"']
+  path = gin_config.CONFIGS / "run" / "quickstart.gin"
+  notes = compile_check.inputs_notes(gin_config.resolve([path], flags).run, "v5e:1x1")
+  assert len(notes) == 1 and "would not start on this machine: /nowhere is not a data directory" in notes[0]
+  whole = gin_config.resolve([path], flags[:1]).run
+  assert not any("would not start" in note for note in compile_check.inputs_notes(whole, "v5e:1x1"))
+  with pytest.raises(config.ConfigError, match="259 ids but Model.vocab_size = 64"):
+    compile_check.inputs_notes(gin_config.resolve([path], [*flags[:1], "--gin.Model.vocab_size=64"]).run, "v5e:1x1")
 
 
 def test_error_bar_is_the_range_of_the_published_rows():

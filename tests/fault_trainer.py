@@ -155,9 +155,9 @@ def doubling(real):
 
 def without_the_end() -> None:
   train.evaluate.evaluate_domain = lambda run, mesh, step, params, domain, *_, **__: ({"bits_per_byte": 0.0}, [])
-  train.evaluate.routing_table = lambda results: []
+  train.evaluate.routing_table = lambda results, model: []
   train._say_comparison = train._say_sample = lambda *_, **__: None
-  report.write = lambda run_dir: "none"
+  report.write_at_the_end = lambda run_dir: "none"
 
 
 if __name__ == "__main__":

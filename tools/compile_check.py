@@ -36,9 +36,11 @@ from moe import experts
 from moe import gin_config
 from moe import hardware
 from moe import model as model_lib
+from moe import preflight
 from moe import sharding
 from moe import sizes
 from moe import step as step_lib
+from moe.data import records
 from moe.kernels import attention
 from moe.terminal import progress
 from tools import hlo
@@ -154,6 +156,22 @@ def check(run: config.Run, topology: str, slices: int = 1, options: dict | None 
                        "network_exposed": walked.exposed, "host": walked.host, "host_exposed": walked.host_exposed},
       "unknown_trips": walked.unknown_trips, "mfu": flops / walked.seconds / chip.flops,
       "tokens_per_second_per_device": tokens / len(devices) / walked.seconds}
+
+
+def inputs_notes(run: config.Run, topology: str, slices: int = 1) -> list[str]:
+  """What the trainer would say of the run's data and tokenizer; where they are not on this machine, that, and no error: what
+  is compiled does not depend on them.
+
+  Raises:
+    config.ConfigError: the run does not fit the mesh, or the tokenizer the model.
+  """
+  mesh = sharding.make_mesh(dataclasses.replace(run.mesh, slice=slices), devices_of(topology, slices))
+  try:
+    inputs = preflight.open_inputs(run, mesh)
+  except records.DataError as error:
+    return [f"the run would not start on this machine: {error}"]
+  inputs.loader.close()
+  return list(inputs.notes)
 
 
 def attention_backends(run: config.Run, mesh) -> dict[str, str]:
@@ -385,6 +403,8 @@ def main(argv: list[str] | None = None) -> int:
       print(json.dumps(rows) if arguments.json else layout_search.text(rows))
       return 0 if any(row["fits"] for row in rows) else 1
     options = dict(o.split("=", 1) for o in arguments.xla)
+    for note in inputs_notes(run, topology, slices):
+      print(f"note: {note}", file=sys.stderr)
     results = {}
     for step in [arguments.only] if arguments.only else STEPS:
       keep = f"{arguments.hlo}.eval" if arguments.hlo and step == "eval" else arguments.hlo

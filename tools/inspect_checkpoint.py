@@ -209,10 +209,12 @@ def tree(arguments) -> int:
 def stats(arguments) -> int:
   """Norm, mean, largest magnitude, zeros, NaN and Inf of every leaf; 1 if there is a NaN or Inf."""
   found = _find(arguments)
-  rows = []
-  for leaf in _chosen(found, arguments):
-    _warn_of_large_chunk(leaf)
-    rows += weight_health.statistics(found.source, leaf.name, arguments.experts)
+  rows, leaves = [], _chosen(found, arguments)
+  with terminal.progress("read", len(leaves), "leaves") as work:
+    for leaf in leaves:
+      _warn_of_large_chunk(leaf)
+      rows += weight_health.statistics(found.source, leaf.name, arguments.experts)
+      work.advance()
   key = {"name": None, "norm": lambda row: -row["norm"], "max": lambda row: -row["max_abs"]}[arguments.sort]
   rows = sorted(rows, key=key) if key else rows
   bad = [row["name"] for row in rows if row["nan"] or row["inf"]]
@@ -236,7 +238,8 @@ def experts(arguments) -> int:
   like another."""
   found = _find(arguments)
   source, model = _as_ours(found)
-  layers = weight_health.layers(source, arguments.alike, model, weight_health.recorded_load(found.folder, found.step))
+  with terminal.progress("compares experts"):
+    layers = weight_health.layers(source, arguments.alike, model, weight_health.recorded_load(found.folder, found.step))
   if not layers:
     raise UserError(f"{found.folder} has no routed experts that are known here (params.layers.experts.moe..., or a Hugging "
                     "Face directory of a known family with its config.json)")
@@ -340,14 +343,16 @@ def diff(arguments) -> int:
   a, b = _find(arguments), stored.find(arguments.other)
   rows, names = [], sorted(a.source.leaves.keys() | b.source.leaves.keys())
   names = leaf_names.select(names, arguments.filter, "either checkpoint")
-  for name in names:
-    x, y = a.source.leaves.get(name), b.source.leaves.get(name)
-    if x is None or y is None:
-      rows.append({"name": name, "what": f"only in {arguments.path if x else arguments.other}"})
-    elif x.shape != y.shape:
-      rows.append({"name": name, "what": f"shape {terminal._cell(x.shape)} and {terminal._cell(y.shape)}"})
-    else:
-      rows += _value_difference(a.source, b.source, x, y, arguments)
+  with terminal.progress("compared", len(names), "leaves") as work:
+    for name in names:
+      x, y = a.source.leaves.get(name), b.source.leaves.get(name)
+      if x is None or y is None:
+        rows.append({"name": name, "what": f"only in {arguments.path if x else arguments.other}"})
+      elif x.shape != y.shape:
+        rows.append({"name": name, "what": f"shape {terminal._cell(x.shape)} and {terminal._cell(y.shape)}"})
+      else:
+        rows += _value_difference(a.source, b.source, x, y, arguments)
+      work.advance()
   if arguments.json:
     terminal.as_json({"a": str(a.folder), "b": str(b.folder), "differences": rows})
   elif rows:
@@ -427,7 +432,8 @@ def verify(arguments) -> int:
   """Reads everything and compares it with the digests saved beside it; 1 if a leaf is wrong."""
   found = stored.find(arguments.path)
   if (epath.Path(found.folder) / "digests").exists():
-    wrong = stored.wrong(found.folder)
+    with terminal.progress("compares with the digests"):
+      wrong = stored.wrong(found.folder)
     count = len(found.source.leaves.keys() | stored.expected_digests(found.folder).keys())
     told = {"path": str(found.folder), "leaves": count, "wrong": wrong, "digests": True}
   else:

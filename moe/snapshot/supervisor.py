@@ -97,6 +97,7 @@ class Supervisor:
       (address, _, port), self.hosts, self.host = found[0].rpartition(":"), found[1], found[2]
     else:
       port = 0
+    run_dir.named(arguments.run_dir, self.hosts)  # made further down, when nothing else can be wrong
     if self.hosts > 1 and not arguments.token_file:
       raise config.ConfigError("--supervise on several hosts needs --token_file: the same secret on all of them "
                                "(head -c 32 /dev/urandom | base64 > FILE; chmod 600 FILE)")

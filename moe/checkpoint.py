@@ -496,8 +496,7 @@ def check_source(path, abstract_params: Any, run: config.Run) -> list[str]:
   Raises:
     CheckpointError: nothing there, or arrays of other shapes.
   """
-  kept = read_run_config(path)
-  leaves = stored.Orbax(step_folders(path)[0] / "state").leaves
+  kept, leaves = read_run_config(path), _newest_leaves(path)
   different = config.differences(_shape_config(kept), _shape_config(config.to_dict(run)), "model")
   wanted = {"params." + leaf_name(place): leaf.shape for place, leaf in jax.tree_util.tree_leaves_with_path(abstract_params)}
   wrong = [f"{name}: {leaves[name].shape if name in leaves else '(absent)'} -> {tuple(shape)}" for name, shape in wanted.items()
@@ -506,6 +505,17 @@ def check_source(path, abstract_params: Any, run: config.Run) -> list[str]:
     raise CheckpointError(f"--init_from={path} is of a model with other arrays: " + "; ".join(different or wrong[:3]))
   different += config.differences(kept["data"]["tokenizer"], run.data.tokenizer, "data.tokenizer")
   return [f"the run differs from the one that --init_from takes the parameters of: {line}" for line in different]
+
+
+def _newest_leaves(path) -> dict[str, stored.Leaf]:
+  """The arrays of the newest checkpoint that can be read; `restore_params` passes the same ones over."""
+  problems = []
+  for folder in step_folders(path):
+    try:
+      return stored.Orbax(folder / "state").leaves
+    except (stored.Unreadable, *storage_errors()) as error:
+      problems.append(f"{folder}: {_one_line(error)}")
+  raise CheckpointError(f"no usable parameters in {path}: " + "; ".join(problems))
 
 
 def step_folders(path) -> list[epath.Path]:

@@ -129,7 +129,7 @@ class Kept:
     if (self.tokenizer_config.get("tokenizer_class") or "").removesuffix("Fast") == "LlamaTokenizer":
       # The one class whose option outweighs tokenizer.json, in transformers 4; 5 takes the file alone.
       return [self.first(tokenizer)] if self.tokenizer_config.get("add_bos_token", True) else []
-    return _before(self._raw)
+    return tokenizers.before_text(self._raw)
 
   def encode(self, text: str, tokenizer: tokenizers.Tokenizer, start: bool = True) -> list[int]:
     """The ids of a text for a model that is asked, as transformers gives them for an import: there `<turn>` in a prompt is the
@@ -197,9 +197,14 @@ def keep(run: config.Run, run_dir, init_from=None) -> Kept:
 
 
 def run_folder(path) -> epath.Path | None:
-  """The run directory that a path of a run, a checkpoint or an item of one lies in."""
-  step = stored.find(path).folder
-  return step.parent.parent if step.parent.name == "checkpoints" else None
+  """The run directory that a path of a run, a checkpoint or an item of one lies in; None where it is of none.
+
+  By the names alone: a damaged newest checkpoint, behind which a whole one lies, is the reader's to pass over.
+  """
+  path = stored.absolute(path)
+  if (path / "checkpoints").is_dir():
+    return path
+  return next((folder.parent for folder in (path, path.parent, path.parent.parent) if folder.name == "checkpoints"), None)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -233,7 +238,7 @@ def _write_tokenizer(tokenizer: tokenizers.Tokenizer, kept: Kept, folder: epath.
   written = byte_tokenizer() if is_byte else _read(tokenizer.source)
   written.no_padding()
   written.no_truncation()
-  if _before(written) != [tokenizer.bos]:
+  if tokenizers.before_text(written) != [tokenizer.bos]:
     first = name_of(tokenizer, tokenizer.bos)
     written.post_processor = hf_tokenizers.processors.TemplateProcessing(
         single=f"{first} $A", pair=f"{first} $A $B", special_tokens=[(first, tokenizer.bos)])
@@ -248,7 +253,7 @@ def _write_tokenizer_config(written: hf_tokenizers.Tokenizer, tokenizer: tokeniz
                if key not in ("add_bos_token", "add_eos_token", "auto_map", "tokenizer_file")}
   described |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name_of(tokenizer, tokenizer.eos),
                 "clean_up_tokenization_spaces": False}
-  if _before(written) == [tokenizer.bos]:
+  if tokenizers.before_text(written) == [tokenizer.bos]:
     described["bos_token"] = name_of(tokenizer, tokenizer.bos)
   if isinstance(tokenizer, tokenizers.ByteTokenizer):
     described |= {"pad_token": "<pad>", "unk_token": "<unk>"}
@@ -282,13 +287,6 @@ def _read(path) -> hf_tokenizers.Tokenizer:
     return hf_tokenizers.Tokenizer.from_str(epath.Path(path).read_text())
   except Exception as error:  # the library raises bare Exception
     raise stored.Unreadable(f"{path} is no tokenizer.json: {error}") from error
-
-
-def _before(tokenizer: hf_tokenizers.Tokenizer) -> list[int]:
-  """What the file's own post-processor puts before a text."""
-  text = tokenizer.encode("a", add_special_tokens=False).ids
-  framed = tokenizer.encode("a", add_special_tokens=True).ids
-  return next((framed[:i] for i in range(len(framed)) if framed[i : i + len(text)] == text), [])
 
 
 def _content(token) -> str | None:

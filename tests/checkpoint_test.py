@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ import tensorstore
 
 from moe import checkpoint
 from moe import config
+from moe import hugging_face_files
 from moe import sharding
 from moe import step as step_lib
 from moe import stored
@@ -339,3 +341,18 @@ def test_full_disk(tiny_disk, run, state):
   restored = saver(tiny_disk).restore(step_lib.abstract_state(run, mesh_of(run, 8)), run)
   assert restored.step == 3
   assert_equal(restored.state, state)
+
+
+def test_a_damaged_newest_checkpoint_hides_no_whole_one(tmp_path, run, state):
+  """From --init_from, and from the tools that look for the run's tokenizer: both take the one before."""
+  abstract = step_lib.abstract_state(run, mesh_of(run, 8)).params
+  for step in (1, 2):
+    saved(tmp_path / "checkpoints", state, run, step)
+  shutil.rmtree(tmp_path / "checkpoints" / "2" / "state")
+  assert checkpoint.check_source(tmp_path, abstract, run) == []
+  assert checkpoint.restore_params(tmp_path, abstract)[0] == 1
+  assert hugging_face_files.run_folder(tmp_path) == epath.Path(tmp_path)
+  assert hugging_face_files.run_folder(tmp_path / "checkpoints" / "1" / "state") == epath.Path(tmp_path)
+  shutil.rmtree(tmp_path / "checkpoints" / "1" / "state")
+  with pytest.raises(checkpoint.CheckpointError, match="no usable parameters"):
+    checkpoint.check_source(tmp_path, abstract, run)

@@ -540,7 +540,6 @@ class Agent:
     self._look()
     self.stopping = False
 
-
   def abandon(self):
     """After a mistake of this program: no command is left running that nobody looks after."""
     if self.process is not None and self.process.poll() is None:

@@ -118,10 +118,9 @@ class BpeTokenizer:
     # Where no word is said about it, what the file's post_processor puts before a text tells.
     if added is None and content.get("post_processor"):
       whole = _loaded(self.source, {**content, "truncation": None, "padding": None})
-      text = whole.encode("a", add_special_tokens=False).ids
-      framed = whole.encode("a").ids
-      if len(framed) > len(text) and framed[1 : len(text) + 1] == text:
-        return numbers[whole.id_to_token(framed[0])], f"the post_processor of {_FILE}"
+      before = before_text(whole)
+      if len(before) == 1:
+        return numbers[whole.id_to_token(before[0])], f"the post_processor of {_FILE}"
     return self.eos, "the end-of-document token"
 
   def encode(self, text: str) -> np.ndarray:
@@ -200,6 +199,13 @@ def _difference(text: str, back: str) -> str:
   at = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
   begin = max(at - _EXAMPLE // 4, 0)
   return f"{text[begin : begin + _EXAMPLE]!r} comes back as {back[begin : begin + _EXAMPLE]!r}"
+
+
+def before_text(tokenizer: hf_tokenizers.Tokenizer) -> list[int]:
+  """What the file's own post-processor puts before a text."""
+  text = tokenizer.encode("a", add_special_tokens=False).ids
+  framed = tokenizer.encode("a", add_special_tokens=True).ids
+  return next((framed[:i] for i in range(len(framed)) if framed[i : i + len(text)] == text), [])
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: pathlib.Path) -> None:
